@@ -1,0 +1,3 @@
+//! mupscale
+pub mod error;
+pub use error::{Error, Result};

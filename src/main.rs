@@ -1,0 +1,2 @@
+//! The `mupscale` command.
+fn main() {}
