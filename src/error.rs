@@ -1,6 +1,9 @@
 //! Every way a command can fail, as one enum whose messages name the thing, its value, and what to do.
 
-use std::{io, path::{Path, PathBuf}};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// What went wrong. The message names the file, field or tensor, the value found, and the remedy.
 #[derive(Debug, thiserror::Error)]

@@ -1,3 +1,11 @@
 //! mupscale
+pub mod backend;
+pub mod dims;
+pub mod dtype;
 pub mod error;
+pub mod model;
+pub mod mup;
+pub mod ops;
+pub mod rng;
+pub use dtype::DType;
 pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! Matrix products (provisional; the numerical floor replaces this file).

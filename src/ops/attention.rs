@@ -1,0 +1,90 @@
+//! Causal attention with grouped key/value heads; T × T scores never exist in memory.
+
+use crate::backend::{Backend, Mut, Ref};
+
+/// Heads of an attention layer. A token's projections lie side by side in one row: query heads `[kv_heads, group,
+/// head_dim]`, key heads `[kv_heads, head_dim]`, value heads `[kv_heads, head_dim]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Query heads per key/value head.
+    pub group: usize,
+    /// Size of one head.
+    pub head_dim: usize,
+}
+
+impl HeadShape {
+    /// Elements of a token's queries (and of its attention output).
+    pub fn queries(&self) -> usize {
+        self.kv_heads * self.group * self.head_dim
+    }
+
+    /// Elements of a token's keys (and of its values).
+    pub fn keys(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Elements of a token's row.
+    pub fn row(&self) -> usize {
+        self.queries() + 2 * self.keys()
+    }
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// The heads.
+    pub heads: HeadShape,
+    /// Sequences.
+    pub batch: usize,
+    /// Queries of each sequence.
+    pub queries: usize,
+    /// Keys of each sequence. Query i stands at key position `keys - queries + i` and sees keys up to there.
+    pub keys: usize,
+    /// Factor on the scores.
+    pub scale: f64,
+}
+
+/// Attention.
+pub trait Attention: Backend {
+    /// out = softmax(scale · q kᵀ, causal) · v. `out` is (batch · queries) × [`HeadShape::queries`].
+    ///
+    /// `q` starts at the first query row, `k` and `v` at the first key row; rows are `q_stride` and `kv_stride`
+    /// elements apart, and sequences follow each other without gap (sequence b's first key row is row b · `kv_rows`,
+    /// kv_rows ≥ keys). `log_sum_exp`, batch × heads × queries in the statistics type, is kept for backward.
+    /// `first_key` (i32, batch · queries), if given, hides keys before that position of the sequence from a query.
+    fn attention(
+        &self,
+        out: Mut<'_, Self>,
+        log_sum_exp: Mut<'_, Self>,
+        q: Strided<'_, Self>,
+        k: Strided<'_, Self>,
+        v: Strided<'_, Self>,
+        first_key: Option<Ref<'_, Self>>,
+        shape: AttentionShape,
+    );
+
+    /// dqkv from dout, for queries = keys. `qkv` and `dqkv` are (batch · queries) × [`HeadShape::row`]; dqkv is
+    /// overwritten. Sums run in a fixed order.
+    fn attention_backward(
+        &self,
+        dqkv: Mut<'_, Self>,
+        dout: Ref<'_, Self>,
+        out: Ref<'_, Self>,
+        log_sum_exp: Ref<'_, Self>,
+        qkv: Ref<'_, Self>,
+        first_key: Option<Ref<'_, Self>>,
+        shape: AttentionShape,
+    );
+}
+
+/// Rows inside a wider matrix.
+pub struct Strided<'a, B: Backend> {
+    /// From the first element of the first row.
+    pub view: Ref<'a, B>,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Rows from one sequence to the next.
+    pub rows: usize,
+}

@@ -1,0 +1,90 @@
+//! Pieces: the rows of a table cut into runs of at most [`PIECE`] elements, with each row's settings, so that one call
+//! works on all parameters of an arena (or on the part of it that a rank owns).
+
+use crate::{
+    DType, Result,
+    backend::{Backend, Tensor},
+    model::param::Table,
+};
+use bytemuck::{Pod, Zeroable};
+use std::ops::Range;
+
+/// Largest piece, in elements. Partial sums are per piece and are added in order, so results do not depend on threads.
+pub const PIECE: usize = 1 << 16;
+
+/// A run of elements of one row.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Piece {
+    /// First element in the arena.
+    pub offset: u64,
+    /// Elements.
+    pub len: u32,
+    /// Row of the table.
+    pub row: u32,
+}
+
+/// What an optimizer needs to know of a row: the base hyperparameters times the row's factors.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct RowSettings {
+    /// Factor on the schedule's learning rate.
+    pub lr: f64,
+    /// Weight decay (0 for gains and biases).
+    pub decay: f64,
+    /// Epsilon.
+    pub eps: f64,
+    /// Weight in the gradient norm.
+    pub clip: f64,
+    /// 1 where Muon updates the row, and the elementwise optimizer leaves it alone.
+    pub muon: u64,
+}
+
+/// Pieces and row settings, on the host and on the device.
+pub struct Pieces<B: Backend> {
+    /// The pieces, in arena order.
+    pub list: Vec<Piece>,
+    /// Settings of every row of the table.
+    pub rows: Vec<RowSettings>,
+    /// `list` as bytes on the device.
+    pub device_list: Tensor<B>,
+    /// `rows` as bytes on the device.
+    pub device_rows: Tensor<B>,
+}
+
+/// Cuts the rows of `table` that lie in `range` of the arena into pieces; padding is left out.
+pub fn cut(table: &Table, range: Range<usize>) -> Vec<Piece> {
+    let mut list = Vec::new();
+    for row in 0..table.rows.len() {
+        let values = table.values(row);
+        // Borders are multiples of PIECE from the row's own start, so a piece is the same however the arena is cut.
+        for start in values.clone().step_by(PIECE) {
+            let end = (start + PIECE).min(values.end);
+            let (start, end) = (start.max(range.start), end.min(range.end));
+            if start < end {
+                list.push(Piece { offset: start as u64, len: (end - start) as u32, row: row as u32 });
+            }
+        }
+    }
+    list
+}
+
+impl<B: Backend> Pieces<B> {
+    /// Uploads pieces and settings.
+    pub fn new(backend: &B, list: Vec<Piece>, rows: Vec<RowSettings>) -> Result<Self> {
+        let device_list = upload(backend, bytemuck::cast_slice(&list))?;
+        let device_rows = upload(backend, bytemuck::cast_slice(&rows))?;
+        Ok(Self { list, rows, device_list, device_rows })
+    }
+}
+
+/// A device tensor of these bytes; waits until they are there.
+pub fn upload<B: Backend>(backend: &B, bytes: &[u8]) -> Result<Tensor<B>> {
+    use crate::backend::{HostBuffer, Stream};
+    let mut tensor = Tensor::new(backend, DType::U8, bytes.len())?;
+    let mut host = backend.host(bytes.len())?;
+    host.bytes_mut().copy_from_slice(bytes);
+    backend.upload(Stream::Compute, &host, 0..bytes.len(), tensor.view_mut());
+    backend.synchronize(&backend.record(Stream::Compute))?;
+    Ok(tensor)
+}

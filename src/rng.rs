@@ -1,0 +1,4 @@
+//! Random numbers (provisional; the numerical floor replaces this file).
+/// A stream of random numbers.
+#[derive(Clone)]
+pub struct Stream;
