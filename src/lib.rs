@@ -1,5 +1,6 @@
 //! mupscale
 pub mod backend;
+pub mod config;
 pub mod dims;
 pub mod dtype;
 pub mod error;
