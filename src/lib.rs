@@ -1,5 +1,7 @@
 //! mupscale
 pub mod backend;
+pub mod checkpoint;
+pub mod comm;
 pub mod config;
 pub mod dims;
 pub mod dtype;
@@ -7,6 +9,10 @@ pub mod error;
 pub mod model;
 pub mod mup;
 pub mod ops;
+pub mod optim;
 pub mod rng;
+pub mod schedule;
+pub mod state;
+pub mod upscale;
 pub use dtype::DType;
 pub use error::{Error, Result};

@@ -56,7 +56,13 @@ impl OptimizerConfig {
         };
         let (eps, shape) = if muon { (self.muon_eps, self.shape_factor(row, table, scaling)) } else { (self.eps, 1.0) };
         // Decay goes with the learning rate, so a shape factor on the rate must not reach it.
-        RowSettings { lr: factors.lr * shape, decay: decay / shape, eps: eps * factors.eps, clip, muon: u64::from(muon) }
+        RowSettings {
+            lr: factors.lr * shape,
+            decay: decay / shape,
+            eps: eps * factors.eps,
+            clip,
+            muon: u64::from(muon),
+        }
     }
 
     /// Muon's factor from a matrix's shape, at the base shape, so that widening does not change it.

@@ -182,7 +182,13 @@ const CHUNK: usize = 1 << 20;
 
 impl<B: Backend> State<B> {
     /// Writes weights and moments into a checkpoint. `optimizer`: whose moments there are; none for weights alone.
-    pub fn save(&self, backend: &B, table: &Table, optimizer: Option<&OptimizerConfig>, writer: &mut Writer) -> Result<()> {
+    pub fn save(
+        &self,
+        backend: &B,
+        table: &Table,
+        optimizer: Option<&OptimizerConfig>,
+        writer: &mut Writer,
+    ) -> Result<()> {
         let weights = self.master.as_ref().unwrap_or(&self.weights);
         let rows: Vec<_> = table.rows.iter().enumerate().map(|(i, row)| (i, row.name.clone(), weights)).collect();
         save_file(backend, table, MODEL, &rows, writer)?;
@@ -197,7 +203,13 @@ impl<B: Backend> State<B> {
     }
 }
 
-fn save_file<B: Backend>(backend: &B, table: &Table, file: &str, rows: &[(usize, String, &Tensor<B>)], writer: &mut Writer) -> Result<()> {
+fn save_file<B: Backend>(
+    backend: &B,
+    table: &Table,
+    file: &str,
+    rows: &[(usize, String, &Tensor<B>)],
+    writer: &mut Writer,
+) -> Result<()> {
     let meta = |(i, name, arena): &(usize, String, &Tensor<B>)| meta(name, &table.rows[*i], arena.dtype());
     writer.tensors(file, rows.iter().map(meta).collect())?;
     let mut host = backend.host(CHUNK * 8)?;

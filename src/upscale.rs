@@ -19,7 +19,6 @@ use crate::{
     ops::{
         Ops,
         expand::{Noise, Source},
-        pieces::upload,
     },
     optim, rng,
     state::{Meaning, Moment, Progress, State},
@@ -61,7 +60,9 @@ impl Origin {
             self.table.find(stem).is_some()
         };
         match self.reader.tensors().find(|t| !known(&t.name)) {
-            Some(extra) => Err(Error::tensor(dir, &extra.name, "the model that config.json describes has no such tensor")),
+            Some(extra) => {
+                Err(Error::tensor(dir, &extra.name, "the model that config.json describes has no such tensor"))
+            }
             None => Ok(()),
         }
     }
@@ -186,7 +187,14 @@ impl<'a, B: Ops> RowLoader<'a, B> {
         let map = |axis: Option<&Axis>| axis.map_or(vec![0], |a| a.repeat(times));
         let (rows, columns) = (map(narrow.axes.first()), map(narrow.axes.get(1)));
         let copies = (columns.len() / narrow.columns()) as u32;
-        Ok(Self { origin, narrow, row, rows_map: map_tensor(backend, &rows)?, columns_map: map_tensor(backend, &columns)?, copies })
+        Ok(Self {
+            origin,
+            narrow,
+            row,
+            rows_map: map_tensor(backend, &rows)?,
+            columns_map: map_tensor(backend, &columns)?,
+            copies,
+        })
     }
 
     /// Writes scale × (copies of the tensor `name`) + noise.
@@ -258,5 +266,5 @@ impl<'a, B: Ops> RowLoader<'a, B> {
 }
 
 fn map_tensor<B: Ops>(backend: &B, map: &[u32]) -> Result<Tensor<B>> {
-    upload(backend, DType::U32, bytemuck::cast_slice(map))
+    Tensor::from_bytes(backend, DType::U32, bytemuck::cast_slice(map))
 }

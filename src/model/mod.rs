@@ -18,7 +18,7 @@ pub mod spec;
 
 use crate::{
     DType, Result,
-    backend::{Backend, HostBuffer, Mut, Ref, Stream, Tensor},
+    backend::{Backend, Mut, Ref, Tensor},
     ops::Ops,
 };
 use decoder::{ActivationSlots, Activations, Decoder, Recompute};
@@ -117,13 +117,9 @@ impl<B: Backend> Gradients<'_, B> {
 
 /// A device tensor of these numbers, in a float type; waits until they are there.
 pub fn float_tensor<B: Backend>(backend: &B, dtype: DType, values: &[f64]) -> Result<Tensor<B>> {
-    let mut tensor = Tensor::new(backend, dtype, values.len())?;
-    let mut host = backend.host(values.len() * dtype.size())?;
-    crate::dtype::convert(bytemuck::cast_slice(values), DType::F64, host.bytes_mut(), dtype);
-    let bytes = host.bytes().len();
-    backend.upload(Stream::Compute, &host, 0..bytes, tensor.view_mut());
-    backend.synchronize(&backend.record(Stream::Compute))?;
-    Ok(tensor)
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    crate::dtype::convert(bytemuck::cast_slice(values), DType::F64, &mut bytes, dtype);
+    Tensor::from_bytes(backend, dtype, &bytes)
 }
 
 /// A network of any architecture.
