@@ -3,6 +3,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod comm;
 pub mod config;
+pub mod data;
 pub mod dims;
 pub mod dtype;
 pub mod error;
