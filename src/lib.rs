@@ -1,3 +1,4 @@
 //! mupscale
+pub mod data;
 pub mod error;
 pub use error::{Error, Result};

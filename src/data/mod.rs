@@ -1,0 +1,3 @@
+//! Text, tokens and batches.
+
+pub mod synth;

@@ -1,0 +1,202 @@
+//! A synthetic corpus whose entropy is known.
+//!
+//! A [`Synth`] is a language: invented words, a grammar and hundreds of preference tables, all drawn from a seed. Its
+//! documents read like this:
+//!
+//! > Tales of Grimland.
+//! > Bela is a smith from Harton with small goats.
+//! > Bela, the smith from Harton, sees every lantern near the brook, and she slowly sells her small goats.
+//!
+//! *What there is to learn:* frequencies by Zipf's law; which verbs, adjectives and prepositions go with each noun, which
+//! objects and adverbs with each verb, which nouns, names and towns with each land; agreement of verbs across nested
+//! modifiers; the gender of names; and what was said of a character, which later mentions repeat word for word.
+//! The tables are far from low rank, so that a wider model keeps more of them.
+//!
+//! *The entropy:* every choice is a draw from an explicit distribution, and a text has exactly one derivation, so that
+//! −ln p(text) = Σ −ln p(draw), the [`Document::nats`]. [`Synth::score`] reads the draws back from a text.
+//!
+//! *The floor* of a validation set, in nats per token, is the sum of its documents' nats / the number of its predicted
+//! tokens ([`entropy_floor`]). The end of a document is one of its draws, "no further sentence" (the last of 40 ends without
+//! one), so the end-of-text token counts as predicted and its cost is in the document's nats. It is a lower bound on the
+//! expected loss of any model of any size, for two reasons: it knows the whole document up to the token, whereas a
+//! window may begin inside a document, its title and characters unseen, or be shorter than it; and it knows the
+//! spelling, whereas a model that spreads probability over several tokenisations of one text pays for it. For one
+//! finite validation set, a model may lie below by chance, as far as the draws of that set stray from their mean.
+
+mod draw;
+mod grammar;
+mod lexicon;
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Write};
+
+use draw::{Dist, Random};
+use grammar::{Choices, Derivation, Tables};
+use lexicon::{Lexicon, Word};
+
+/// The separator that [`CorpusFormat::Text`] writes after each document.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// A language: a pure function of its seed.
+pub struct Synth {
+    seed: u64,
+    lexicon: Lexicon,
+    tables: Tables,
+}
+
+/// A text of the language.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Document {
+    /// ASCII; begins and ends without white space.
+    pub text: String,
+    /// −ln p of the text and of its end.
+    pub nats: f64,
+}
+
+/// How [`Synth::write_corpus`] separates documents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CorpusFormat {
+    /// Each document is followed by `<|endoftext|>` and a newline.
+    Text,
+    /// One JSON object a line, with the fields `text` and `nats`.
+    Jsonl,
+}
+
+/// What [`Synth::write_corpus`] wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CorpusStats {
+    /// Bytes written, separators included.
+    pub bytes: u64,
+    /// −ln p of each document, in the order written; as many as there are documents.
+    pub document_nats: Vec<f64>,
+}
+
+impl Synth {
+    /// The language of `seed`. Takes some milliseconds.
+    pub fn new(seed: u64) -> Self {
+        let lexicon = Lexicon::new(&mut Random::new(seed, 0));
+        let tables = Tables::new(&mut Random::new(seed, 1));
+        Self { seed, lexicon, tables }
+    }
+
+    /// Document `index`, a pure function of seed and index. The documents of different indices are independent draws, so
+    /// disjoint ranges are a fair training and validation set.
+    pub fn document(&self, index: u64) -> Document {
+        let mut writer = Writer {
+            // Streams 0 and 1 made the language.
+            random: Random::new(self.seed ^ 0x5079_6e74_6865_7469, index),
+            nats: 0.0,
+            text: Text::new(&self.lexicon),
+        };
+        Derivation::document(&self.tables, &mut writer).expect("a draw is always within its distribution");
+        Document { text: writer.text.text, nats: writer.nats }
+    }
+
+    /// −ln p of a document, read back from its text; None if the language has no such text. White space around it,
+    /// which readers of separated files may leave, is not part of it.
+    pub fn score(&self, text: &str) -> Option<f64> {
+        let text = text.trim();
+        let words = self.lexicon.words(text)?;
+        let mut reader = Reader { words: &words, nats: 0.0, text: Text::new(&self.lexicon) };
+        Derivation::document(&self.tables, &mut reader)?;
+        (reader.words.is_empty() && reader.text.text == text).then_some(reader.nats)
+    }
+
+    /// Writes documents `first`, `first + 1`, … until there are at least `bytes` bytes. Fails only where `out` does.
+    pub fn write_corpus(
+        &self,
+        out: &mut impl Write,
+        first: u64,
+        bytes: u64,
+        format: CorpusFormat,
+    ) -> io::Result<CorpusStats> {
+        let mut stats = CorpusStats { bytes: 0, document_nats: Vec::new() };
+        while stats.bytes < bytes {
+            let Document { text, nats } = self.document(first + stats.document_nats.len() as u64);
+            let record = match format {
+                CorpusFormat::Text => text + END_OF_TEXT + "\n",
+                CorpusFormat::Jsonl => format!("{}\n", serde_json::json!({ "text": text, "nats": nats })),
+            };
+            out.write_all(record.as_bytes())?;
+            stats.bytes += record.len() as u64;
+            stats.document_nats.push(nats);
+        }
+        Ok(stats)
+    }
+}
+
+/// The floor under the loss, in nats per token: what the documents cost / the tokens predicted, end-of-text tokens
+/// included (see the module's text for what it bounds).
+pub fn entropy_floor(document_nats: &[f64], predicted_tokens: u64) -> f64 {
+    document_nats.iter().sum::<f64>() / predicted_tokens as f64
+}
+
+/// Spells words out: spaces between words, capitals at the beginning of sentences.
+struct Text<'a> {
+    lexicon: &'a Lexicon,
+    text: String,
+    sentence_begins: bool,
+}
+
+impl<'a> Text<'a> {
+    fn new(lexicon: &'a Lexicon) -> Self {
+        Self { lexicon, text: String::with_capacity(1024), sentence_begins: true }
+    }
+
+    fn push(&mut self, word: Word) {
+        let mark = matches!(word, Word::Plain("." | "," | "\n"));
+        if !mark && !self.text.is_empty() && !self.text.ends_with('\n') {
+            self.text.push(' ');
+        }
+        let at = self.text.len();
+        self.text.push_str(self.lexicon.spell(word));
+        if self.sentence_begins {
+            self.text[at..=at].make_ascii_uppercase();
+        }
+        self.sentence_begins = matches!(word, Word::Plain("." | "\n"));
+    }
+}
+
+/// Draws the choices.
+struct Writer<'a> {
+    random: Random,
+    nats: f64,
+    text: Text<'a>,
+}
+
+impl Choices for Writer<'_> {
+    fn choose(&mut self, dist: &Dist, _: impl Fn(&dyn Fn(usize) -> Option<Word>) -> Option<usize>) -> Option<usize> {
+        let option = dist.draw(&mut self.random);
+        self.nats += dist.nats(option)?;
+        Some(option)
+    }
+
+    fn say(&mut self, word: Word) -> Option<()> {
+        self.text.push(word);
+        Some(())
+    }
+}
+
+/// Reads the choices back. The text is spelt out once more, to be compared with the one read.
+struct Reader<'a> {
+    /// Words not yet said.
+    words: &'a [Word],
+    nats: f64,
+    text: Text<'a>,
+}
+
+impl Choices for Reader<'_> {
+    fn choose(&mut self, dist: &Dist, read: impl Fn(&dyn Fn(usize) -> Option<Word>) -> Option<usize>) -> Option<usize> {
+        let option = read(&|ahead| self.words.get(ahead).copied())?;
+        self.nats += dist.nats(option)?;
+        Some(option)
+    }
+
+    fn say(&mut self, word: Word) -> Option<()> {
+        let (&next, rest) = self.words.split_first()?;
+        self.words = rest;
+        self.text.push(word);
+        (next == word).then_some(())
+    }
+}
