@@ -81,6 +81,12 @@ impl Dist {
         self.upper.partition_point(|&upper| upper <= u)
     }
 
+    /// Number of options.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.nats.len()
+    }
+
     /// −ln p of option `i`; None outside the range.
     pub(super) fn nats(&self, i: usize) -> Option<f64> {
         self.nats.get(i).copied()

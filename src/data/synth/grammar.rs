@@ -208,11 +208,12 @@ impl<'a, C: Choices> Derivation<'a, C> {
 
     /// One sentence or more, up to the end of the text.
     fn story(&mut self) -> Option<()> {
-        for _ in 0..SENTENCES_MAX {
-            self.sentence()?;
+        self.sentence()?;
+        for _ in 1..SENTENCES_MAX {
             if self.choices.choose(&self.tables.more, |ahead| Some(ahead(0).is_none() as usize))? == 1 {
                 break;
             }
+            self.sentence()?;
         }
         Some(())
     }

@@ -147,23 +147,20 @@ impl Speller<'_> {
         }
     }
 
-    /// "grem", "talin", "ropided": begins with a consonant, so that the article is always "a", and ends in one other
-    /// than s, so that inflection shows.
+    /// "grem", "talin", "roviden": begins with a consonant, so that the article is always "a", and ends in one other than
+    /// s, so that inflection shows. No k and g inside, which spares most of the rude words.
     fn stem(&mut self, syllables: usize) -> String {
-        const CONSONANTS: [&str; 14] = ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v"];
-        const CLUSTERS: [&str; 14] =
-            ["br", "cl", "dr", "fl", "gr", "pl", "pr", "sh", "sl", "st", "th", "tr", "ch", "sw"];
+        const CLUSTERS: [&str; 16] =
+            ["br", "cl", "dr", "fl", "gr", "pl", "pr", "sh", "sl", "st", "th", "tr", "ch", "sw", "gl", "cr"];
+        const CONSONANTS: [&str; 13] = ["b", "d", "f", "h", "l", "m", "n", "p", "r", "s", "t", "v", "w"];
         const VOWELS: [&str; 5] = ["a", "e", "i", "o", "u"];
-        const CODAS: [&str; 16] =
-            ["b", "d", "g", "k", "l", "m", "n", "p", "r", "t", "nd", "rk", "lt", "mp", "ck", "rn"];
+        const CODAS: [&str; 12] = ["l", "m", "n", "r", "d", "t", "nd", "rn", "lt", "mp", "rk", "lm"];
         let mut pick = |parts: &[&'static str]| parts[self.random.below(parts.len())];
-        let mut stem = String::new();
-        for _ in 1..syllables {
-            stem += pick(&CONSONANTS);
-            stem += pick(&VOWELS);
+        if syllables == 1 {
+            return [pick(&CLUSTERS), pick(&VOWELS), pick(&CODAS)].concat();
         }
-        stem += if syllables == 1 && pick(&["", "cluster"]) != "" { pick(&CLUSTERS) } else { pick(&CONSONANTS) };
-        stem += pick(&VOWELS);
-        stem + pick(&CODAS[..if syllables == 1 { 16 } else { 10 }])
+        let open: String = (1..syllables).flat_map(|_| [pick(&CONSONANTS), pick(&VOWELS)]).collect();
+        // Single consonants only: the first six.
+        [open.as_str(), pick(&CONSONANTS), pick(&VOWELS), pick(&CODAS[..6])].concat()
     }
 }

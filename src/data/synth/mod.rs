@@ -83,12 +83,7 @@ impl Synth {
     /// Document `index`, a pure function of seed and index. The documents of different indices are independent draws, so
     /// disjoint ranges are a fair training and validation set.
     pub fn document(&self, index: u64) -> Document {
-        let mut writer = Writer {
-            // Streams 0 and 1 made the language.
-            random: Random::new(self.seed ^ 0x5079_6e74_6865_7469, index),
-            nats: 0.0,
-            text: Text::new(&self.lexicon),
-        };
+        let mut writer = Writer::new(self, index);
         Derivation::document(&self.tables, &mut writer).expect("a draw is always within its distribution");
         Document { text: writer.text.text, nats: writer.nats }
     }
@@ -163,6 +158,12 @@ struct Writer<'a> {
     random: Random,
     nats: f64,
     text: Text<'a>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(synth: &'a Synth, index: u64) -> Self {
+        Self { random: Random::new(!synth.seed, index), nats: 0.0, text: Text::new(&synth.lexicon) }
+    }
 }
 
 impl Choices for Writer<'_> {
