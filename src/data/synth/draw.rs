@@ -1,6 +1,7 @@
 //! Discrete distributions with explicit probabilities, and the generator that draws from them.
 //!
-//! Weights and draws use only + − × ÷ on f64 and integer arithmetic, so a seed gives the same text on every platform.
+//! Weights and draws use only + − × ÷ on f64 and integer arithmetic, so a seed gives the same text on every platform (−ln p is
+//! the platform's logarithm, which differs in the last bit at most).
 
 /// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
 #[derive(Clone)]

@@ -16,12 +16,14 @@
 //! −ln p(text) = Σ −ln p(draw), the [`Document::nats`]. [`Synth::score`] reads the draws back from a text.
 //!
 //! *The floor* of a validation set, in nats per token, is the sum of its documents' nats / the number of its predicted
-//! tokens ([`entropy_floor`]). The end of a document is one of its draws, "no further sentence" (the last of 40 ends without
-//! one), so the end-of-text token counts as predicted and its cost is in the document's nats. It is a lower bound on the
-//! expected loss of any model of any size, for two reasons: it knows the whole document up to the token, whereas a
-//! window may begin inside a document, its title and characters unseen, or be shorter than it; and it knows the
-//! spelling, whereas a model that spreads probability over several tokenisations of one text pays for it. For one
-//! finite validation set, a model may lie below by chance, as far as the draws of that set stray from their mean.
+//! tokens ([`entropy_floor`]). The end of a document is one of its draws, "no further sentence" (p = 1/10 after each; the
+//! fortieth ends without one), so the end-of-text token counts as predicted and its cost is in the document's nats.
+//!
+//! It is a lower bound on the expected loss of a model of any size, and out of reach: it knows a document from its first
+//! word, whereas a window may begin inside one, its title and characters unseen; and it gives each text one spelling,
+//! whereas a model may spread probability over several tokenisations. On one finite set a model may lie below it by
+//! chance, as far as the set's draws stray from their mean. Tokens past the last whole window are paid for and not
+//! predicted: negligible unless the set is a few windows long.
 
 mod draw;
 mod grammar;

@@ -149,6 +149,31 @@ fn recall_and_agreement_allow_one_word_only() {
 }
 
 #[test]
+fn swapped_words_are_mostly_refused() {
+    let synth = Synth::new(13);
+    let random = &mut Random::new(0, 0);
+    let (mut refused, mut scored) = (0, 0);
+    for index in 0..2000 {
+        let Document { text, .. } = synth.document(index);
+        let mut words = synth.lexicon.words(&text).unwrap();
+        for _ in 0..1 + random.below(3) {
+            let (i, j) = (random.below(words.len()), random.below(words.len()));
+            words.swap(i, j);
+        }
+        let mut shuffled = Text::new(&synth.lexicon);
+        words.into_iter().for_each(|word| shuffled.push(word));
+        match synth.score(&shuffled.text) {
+            None => refused += 1,
+            Some(nats) => {
+                assert!(nats.is_finite() && nats > 0.0, "{}", shuffled.text);
+                scored += 1;
+            }
+        }
+    }
+    assert!(refused > 1000 && scored > 10, "{refused} {scored}");
+}
+
+#[test]
 fn white_space_around_a_document_is_not_scored() {
     let synth = Synth::new(2);
     let Document { text, nats } = synth.document(5);
