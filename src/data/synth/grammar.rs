@@ -157,7 +157,7 @@ impl<'a, C: Choices> Derivation<'a, C> {
         document.story()
     }
 
-    /// "Tales of Grimland." The land colours the nouns, names and towns of the whole document.
+    /// "Tales of Shalia." The land colours the nouns, names and towns of the whole document.
     fn title(&mut self) -> Option<()> {
         self.say_all(&["tales", "of"])?;
         self.land = self.choices.choose(&self.tables.land, |ahead| match ahead(0)? {
@@ -168,7 +168,7 @@ impl<'a, C: Choices> Derivation<'a, C> {
         self.say_all(&[".", "\n"])
     }
 
-    /// "Bela is a smith from Harton with small goats." One to three of them.
+    /// "Swoma is a tenat from Proltby with vaton wehors." One to three of them.
     fn introductions(&mut self) -> Option<()> {
         loop {
             self.introduction()?;
@@ -275,7 +275,7 @@ impl<'a, C: Choices> Derivation<'a, C> {
         Some(subject)
     }
 
-    /// ", the smith from Harton,": all of it known from the introduction.
+    /// ", the tenat from Proltby,": all of it known from the introduction.
     fn apposition(&mut self, character: usize) -> Option<()> {
         let comma = |ahead: &dyn Fn(usize) -> Option<Word>| Some((ahead(0)? == Plain(",")) as usize);
         if self.choices.choose(&self.tables.apposition, comma)? == 1 {
@@ -331,7 +331,7 @@ impl<'a, C: Choices> Derivation<'a, C> {
         Some(verb)
     }
 
-    /// "the small goats near a river": returns the head.
+    /// "the soval plers near a dadid": returns the head.
     fn noun_phrase(&mut self, nouns: &Dist, depth: usize) -> Option<(usize, Number)> {
         let tables = self.tables;
         let determiner = self.choices.choose(&tables.determiner, |ahead| {

@@ -3,9 +3,10 @@
 //! A [`Synth`] is a language: invented words, a grammar and hundreds of preference tables, all drawn from a seed. Its
 //! documents read like this:
 //!
-//! > Tales of Grimland.
-//! > Bela is a smith from Harton with small goats.
-//! > Bela, the smith from Harton, sees every lantern near the brook, and she slowly sells her small goats.
+//! > Tales of Shalia.
+//! > Swurka is a trurk from Thilmford with vudad ropims. Swoma is a tenat from Proltby with vaton wehors.
+//! > Swoma, the tenat from Proltby, clits the potor bupon in Thilmford. He clits his vaton wehors, because he brams a
+//! > vepum. Some soval plers brulmly shur the pulat dadid in Staltby, while Swurka shendly hadolins every pudum.
 //!
 //! *What there is to learn:* frequencies by Zipf's law; which verbs, adjectives and prepositions go with each noun, which
 //! objects and adverbs with each verb, which nouns, names and towns with each land; agreement of verbs across nested
