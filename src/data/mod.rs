@@ -15,6 +15,7 @@
 //! | `shard` | files of tokens: llm.c's `.bin` in 16 and 32 bits, nanoGPT's without a header |
 //! | `dataset` | shards as windows of tokens; filling batches; training and validation part |
 //! | `rows` | rows of numbers with a class each |
+//! | `synth` | a corpus of known entropy |
 //! | `order` | which sample comes when: a pure function of (seed, global sample index) |
 //! | `output` | files and folders that appear whole or not at all |
 //!
@@ -28,6 +29,7 @@ pub mod order;
 mod output;
 pub mod rows;
 pub mod shard;
+pub mod synth;
 pub mod text;
 pub mod tokenize;
 pub mod tokenizer;
