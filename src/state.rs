@@ -27,6 +27,8 @@ pub struct Meaning {
     pub scaling: Scaling,
     /// The optimizer whose moments are stored; its numbers hold at the base shape.
     pub optimizer: OptimizerConfig,
+    /// `tokenizer.json` (in the checkpoint) or `bytes`; none for rows of numbers, or where the data named none.
+    pub tokenizer: Option<String>,
 }
 
 /// Where a run stands.

@@ -5,14 +5,12 @@
 //! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
 
 use crate::{
-    DType, Result,
+    DType, Error, Result,
     backend::{Backend, HostBuffer, Stream, Tensor},
     comm::{self, Comm},
-    config::{ClipNorm, Config, OnNan, OptimizerConfig},
+    config::{Config, OnNan, OptimizerConfig},
     feed::{Feed, Samples},
-    model::{
-        self, Acts, Gradients, MicroBatch, Network, Weights, decoder::Recompute, param::Table, plan::Plan, spec::Spec,
-    },
+    model::{Acts, Gradients, MicroBatch, Network, Weights, decoder::Recompute, param::Table, plan::Plan, spec::Spec},
     ops::{
         Ops,
         gradient::Decision,
@@ -99,7 +97,8 @@ pub struct Trainer<B: Ops> {
     muon_scratch: Option<Tensor<B>>,
     scalars: Tensor<B>,
     validation: Tensor<B>,
-    graphs: (B::Graph, B::Graph),
+    /// One for each micro-batch of this rank, since their sums differ, and one for the update.
+    graphs: (Vec<B::Graph>, B::Graph),
     ring: VecDeque<Pending<B>>,
     spare: Vec<Pending<B>>,
 }
@@ -119,6 +118,10 @@ impl<B: Ops> Trainer<B> {
         let network = Network::new(&backend, &meaning.spec, &meaning.scaling)?;
         let (table, micro) = (network.table(), micro_batch(config, &meaning.spec));
         let optimizer = meaning.optimizer.clone();
+        if config.batch.micro_batches < comm.world() {
+            let why = format!("fewer than the {} ranks: every rank needs a micro-batch", comm.world());
+            return Err(Error::config("batch.micro_batches", config.batch.micro_batches, why));
+        }
         let share = comm::share(config.batch.micro_batches, comm.rank(), comm.world());
         let pieces =
             Pieces::new(&backend, pieces::cut(table, 0..table.arena), optimizer.settings(table, &meaning.scaling))?;
@@ -154,7 +157,7 @@ impl<B: Ops> Trainer<B> {
             muon_scratch: scratch.map(|slot| planned.take(slot)),
             scalars,
             validation,
-            graphs: Default::default(),
+            graphs: (share.clone().map(|_| B::Graph::default()).collect(), B::Graph::default()),
             ring: VecDeque::new(),
             spare: Vec::new(),
             plan,
@@ -263,7 +266,7 @@ impl<B: Ops> Trainer<B> {
             }
         };
         let weights = Weights { table: network.table(), arena: state.weights.view() };
-        backend.captured(&mut graphs.0, || {
+        backend.captured(&mut graphs.0[index], || {
             let mut gradients =
                 Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
             network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);

@@ -9,6 +9,7 @@ use crate::{
     backend::{Staging, Tensor},
     checkpoint::{CONFIG, MODEL, OPTIMIZER, Reader},
     config::{Moments, NoiseKind, UpscaleConfig},
+    data::dataset::TOKENIZER_FILE,
     dims::{Axis, Dims, Width},
     model::{
         self,
@@ -47,6 +48,25 @@ impl Origin {
         let origin = Self { reader, meaning, progress, table };
         origin.check()?;
         Ok(origin)
+    }
+
+    /// Type of the stored weights: the widest of them.
+    pub fn dtype(&self) -> Result<DType> {
+        let types = self.table.rows.iter().map(|row| self.tensor(&row.name, row, MODEL)).collect::<Result<Vec<_>>>()?;
+        Ok(types.into_iter().max_by_key(|t| t.size()).unwrap_or(DType::F32))
+    }
+
+    /// Whether optimizer moments are stored.
+    pub fn has_moments(&self) -> bool {
+        self.reader.has_file(OPTIMIZER)
+    }
+
+    /// The tokenizer file that the checkpoint carries, if any.
+    pub fn tokenizer(&self) -> Result<Option<Vec<u8>>> {
+        if !self.reader.has_file(TOKENIZER_FILE) {
+            return Ok(None);
+        }
+        Ok(Some(self.reader.bytes(TOKENIZER_FILE)?.to_vec()))
     }
 
     /// Every weight that the configuration asks for is there with its shape, and nothing else is.
@@ -147,7 +167,9 @@ pub fn load<B: Ops>(
         };
         let weights = state.weights.slice_mut(wide.values(i));
         loader.expand(backend, &mut staging, &row.name, MODEL, weights, ratios.s(), noise.as_ref())?;
-        let (Some(optimizer), Moments::Keep) = (optimizer, moments) else { continue };
+        // Moments that were reset when the checkpoint was written are zero, as they are in a new state.
+        let fresh = origin.progress.position.time == 0 && !origin.has_moments();
+        let (Some(optimizer), Moments::Keep, false) = (optimizer, moments, fresh) else { continue };
         for moment in Moment::ALL.into_iter().filter(|m| m.exists(optimizer, row)) {
             let factors = ratios.factors(optimizer.rule(row));
             let scale = if moment == Moment::First { factors.first } else { factors.second };

@@ -1,6 +1,6 @@
 //! A run's configuration: what the user writes (TOML, `--set`), checked and resolved before anything happens.
 //!
-//! [`Config`] mirrors the file, with defaults. [`Config::load`] reads it; unknown keys are errors that name the nearest
+//! [`Config`] mirrors the file, with defaults. [`ConfigText`] reads it; unknown keys are errors that name the nearest
 //! known one. What depends on data or on a checkpoint (vocabulary, shape) is resolved by [`crate::run`].
 
 mod model;
@@ -9,7 +9,7 @@ mod read;
 mod tests;
 
 pub use model::{Arch, DataShape, ModelConfig, resolve_model};
-pub use read::set_value;
+pub use read::{ConfigText, set_value};
 
 use crate::{
     Error, Result,
@@ -44,9 +44,9 @@ pub struct Config {
     /// The network; may be left out where `init.from` brings one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelConfig>,
-    /// How hyperparameters depend on width.
-    #[serde(default)]
-    pub parametrization: ParametrizationConfig,
+    /// How hyperparameters depend on width; a checkpoint that the run starts from brings its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parametrization: Option<ParametrizationConfig>,
     /// Where samples come from.
     pub data: DataConfig,
     /// Samples of a step.

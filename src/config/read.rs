@@ -1,12 +1,18 @@
 //! Reading a configuration: TOML, `--set key=value`, and errors that name the key and the nearest known one.
 
-use super::{Config, OptimizerKind, ScheduleKind};
+use super::{Config, OptimizerConfig, OptimizerKind, ScheduleKind};
 use crate::{Error, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-impl Config {
+/// A configuration as it was written, `--set` applied, before defaults.
+pub struct ConfigText {
+    table: toml::Table,
+    origin: PathBuf,
+}
+
+impl ConfigText {
     /// Reads a file and applies `--set` assignments.
-    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+    pub fn read(path: &Path, sets: &[String]) -> Result<Self> {
         let text = std::fs::read(path).map_err(Error::io("read", path))?;
         let text = String::from_utf8(text)
             .map_err(|e| Error::file(path, format!("not UTF-8 text at byte {}", e.utf8_error().valid_up_to())))?;
@@ -19,13 +25,31 @@ impl Config {
         for assignment in sets {
             set_value(&mut table, assignment)?;
         }
+        Ok(Self { table, origin: origin.into() })
+    }
+
+    /// Lets the optimizer's keys that were not written be those of `optimizer`: a run that starts from a checkpoint goes
+    /// on as the checkpoint's run did.
+    pub fn inherit(&mut self, optimizer: &OptimizerConfig) {
+        let Ok(theirs) = toml::Table::try_from(optimizer) else { return };
+        let ours = self.table.entry("optimizer").or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let Some(ours) = ours.as_table_mut() else { return };
+        for (key, value) in theirs {
+            ours.entry(key).or_insert(value);
+        }
+    }
+
+    /// The configuration: known keys only, defaults filled in, values checked.
+    pub fn resolve(&self) -> Result<Config> {
         // Written out and read again, so that errors show the line as it is after --set.
-        let text = toml::to_string_pretty(&table).map_err(|e| Error::file(origin, e.to_string()))?;
-        let config: Self = toml::from_str(&text).map_err(|e| Error::file(origin, explain(&e)))?;
+        let text = toml::to_string_pretty(&self.table).map_err(|e| Error::file(&self.origin, e.to_string()))?;
+        let config: Config = toml::from_str(&text).map_err(|e| Error::file(&self.origin, explain(&e)))?;
         config.check()?;
         Ok(config)
     }
+}
 
+impl Config {
     /// The configuration as TOML.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("a configuration is plain data")

@@ -3,7 +3,7 @@ use std::path::Path;
 
 fn parse(text: &str, sets: &[&str]) -> Result<Config> {
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-    Config::parse(text, &sets, Path::new("run.toml"))
+    ConfigText::parse(text, &sets, Path::new("run.toml"))?.resolve()
 }
 
 const SMALL: &str = "run = \"r\"\nsteps = 3\n[data]\npath = \"d\"\n[model]\narch = \"gpt2\"\n";
@@ -62,4 +62,13 @@ fn shapes_that_do_not_divide_are_refused() {
     assert!(error(&["model.residual=32", "model.kv_heads=4", "model.rope_base=1.0"]).contains("model.rope_base"));
     assert!(error(&["model.arch=llama", "model.residual=20", "model.kv_heads=4"]).contains("even"));
     assert!(model(&["model.residual=32", "model.kv_heads=4"]).is_ok());
+}
+
+#[test]
+fn an_inherited_optimizer_fills_what_was_not_written() {
+    let theirs = OptimizerConfig { kind: OptimizerKind::Muon, lr: 0.02, ..Default::default() };
+    let mut text = ConfigText::parse(SMALL, &["optimizer.lr=0.5".into()], Path::new("run.toml")).unwrap();
+    text.inherit(&theirs);
+    let config = text.resolve().unwrap();
+    assert_eq!((config.optimizer.kind, config.optimizer.lr), (OptimizerKind::Muon, 0.5));
 }
