@@ -107,17 +107,17 @@ pub fn convert(src: &[u8], from: DType, dst: &mut [u8], to: DType) {
     use DType::{BF16, F16, F32, F64};
     match (from, to) {
         (F64, F32) => map(src, dst, f64::from_ne_bytes, |x| (x as f32).to_ne_bytes()),
-        (F64, BF16) => map(src, dst, f64::from_ne_bytes, |x| bf16::from_f32(round_to_odd(x)).to_ne_bytes()),
+        (F64, BF16) => map(src, dst, f64::from_ne_bytes, |x| to_bf16(round_to_odd(x)).to_ne_bytes()),
         (F64, F16) => map(src, dst, f64::from_ne_bytes, |x| f16::from_f32(round_to_odd(x)).to_ne_bytes()),
         (F32, F64) => map(src, dst, f32::from_ne_bytes, |x| f64::from(x).to_ne_bytes()),
-        (F32, BF16) => map(src, dst, f32::from_ne_bytes, |x| bf16::from_f32(x).to_ne_bytes()),
+        (F32, BF16) => map(src, dst, f32::from_ne_bytes, |x| to_bf16(x).to_ne_bytes()),
         (F32, F16) => map(src, dst, f32::from_ne_bytes, |x| f16::from_f32(x).to_ne_bytes()),
         (BF16, F64) => map(src, dst, bf16::from_ne_bytes, |x| x.to_f64().to_ne_bytes()),
         (BF16, F32) => map(src, dst, bf16::from_ne_bytes, |x| x.to_f32().to_ne_bytes()),
         (BF16, F16) => map(src, dst, bf16::from_ne_bytes, |x| f16::from_f32(x.to_f32()).to_ne_bytes()),
         (F16, F64) => map(src, dst, f16::from_ne_bytes, |x| x.to_f64().to_ne_bytes()),
         (F16, F32) => map(src, dst, f16::from_ne_bytes, |x| x.to_f32().to_ne_bytes()),
-        (F16, BF16) => map(src, dst, f16::from_ne_bytes, |x| bf16::from_f32(x.to_f32()).to_ne_bytes()),
+        (F16, BF16) => map(src, dst, f16::from_ne_bytes, |x| to_bf16(x.to_f32()).to_ne_bytes()),
         _ => dst.copy_from_slice(src),
     }
 }
@@ -132,6 +132,15 @@ fn map<T, const N: usize, const M: usize>(
     for (src, dst) in src.as_chunks::<N>().0.iter().zip(dst.as_chunks_mut::<M>().0) {
         *dst = write(read(*src));
     }
+}
+
+/// The upper half of a binary32, rounded; without branches, so that loops over it become vector code.
+fn to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // The bit that makes a NaN quiet also keeps one whose upper half is zero from becoming infinity.
+    let quiet = bits >> 16 | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
 }
 
 /// The binary32 beside `x` from which a second rounding, to 16 bits, gives what one rounding of `x` would: exact if

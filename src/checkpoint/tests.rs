@@ -240,7 +240,7 @@ fn the_writer_refuses_what_makes_no_checkpoint() {
     assert_says(writer.tensors(OPTIMIZER, vec![tensor("a", 4)]), &["tensor a", "duplicate"]);
     assert_says(writer.write("b", 0, &[0; 4]), &["tensor b", "not declared"]);
     assert_says(writer.write("a", 0, &[0; 5]), &["tensor a", "5 bytes"]);
-    assert_says(writer.write("a", 3, &[0; 8]), &["tensor a", "no part of it"]);
+    assert_says(writer.write("a", 3, &[0; 8]), &["tensor a", "3..5", "no part"]);
     assert_says(writer.write("a", usize::MAX, &[0; 8]), &["tensor a"]);
     writer.write("a", 1, &[0; 8]).unwrap();
     assert_says(writer.write("a", 2, &[0; 8]), &["tensor a", "written before"]);
@@ -254,18 +254,23 @@ fn the_writer_refuses_what_makes_no_checkpoint() {
 #[test]
 fn pieces_that_do_not_cover_their_tensor_are_refused() {
     let tensor = meta("w", DType::U8, vec![vec![block("ffn", 10)]]);
-    for (first, second) in [(0..4, 5..10), (0..6, 5..10), (1..5, 5..10), (0..5, 5..9)] {
+    let pieces = |first: Range<usize>, second: Range<usize>| {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = Writer::create(folder.path().join("step"), false).unwrap();
-        for (file, range) in [("a.safetensors", first), ("b.safetensors", second)] {
-            writer.pieces(file, vec![(tensor.clone(), range)]).unwrap();
+        writer.pieces("a.safetensors", vec![(tensor.clone(), first.clone())])?;
+        writer.pieces("b.safetensors", vec![(tensor.clone(), second.clone())])?;
+        for range in [first, second] {
+            writer.write("w", range.start, &vec![1; range.len()])?;
         }
-        // Fills both, whatever they are.
-        for start in 0..10 {
-            let _ = writer.write("w", start, &[1]);
-        }
-        assert_says(writer.commit(), &["tensor w"]);
-    }
+        writer.commit()
+    };
+    pieces(5..10, 0..5).unwrap();
+    assert_says(pieces(0..4, 5..10), &["tensor w", "one begins at 5, not 4"]);
+    assert_says(pieces(1..5, 5..10), &["tensor w", "one begins at 1, not 0"]);
+    assert_says(pieces(0..5, 5..9), &["tensor w", "9 of its 10"]);
+    assert_says(pieces(0..6, 5..10), &["b.safetensors", "tensor w", "duplicate"]);
+    assert_says(pieces(0..5, 5..5), &["b.safetensors", "tensor w", "5..5"]);
+    assert_says(pieces(0..5, 5..11), &["b.safetensors", "tensor w", "5..11"]);
 }
 
 #[test]

@@ -143,11 +143,13 @@ impl Writer {
             let refuse = |why: String| Error::tensor(&path, &meta.name, why);
             meta.check().map_err(refuse)?;
             let count = meta.elements().map_err(refuse)?;
-            if range.start > range.end || range.end > count {
+            if range.start > range.end || range.end > count || range.is_empty() && count > 0 {
                 return Err(refuse(format!("the piece {range:?} is no part of its {count} elements")));
             }
-            if self.tensors.get(&meta.name).is_some_and(|known| known.meta != *meta || range.len() == count) {
-                return Err(refuse("it is declared twice (a duplicate); tensors need different names".into()));
+            let clashes =
+                |known: &OpenTensor| known.meta != *meta || known.pieces.iter().any(|piece| piece.meets(range));
+            if self.tensors.get(&meta.name).is_some_and(clashes) {
+                return Err(refuse("it is declared twice (a duplicate); every tensor needs a name of its own".into()));
             }
             let shape = if range.len() == count { meta.shape.clone() } else { vec![range.len()] };
             entries.push((meta.name.clone(), meta.dtype, shape));
@@ -176,20 +178,19 @@ impl Writer {
         let OpenTensor { meta, pieces } =
             self.tensors.get(tensor).ok_or_else(|| refuse("it was not declared for this checkpoint".into()))?;
         let size = meta.dtype.size();
-        let mut missing = elements.len() / size;
-        let end = start.checked_add(missing).filter(|_| elements.len().is_multiple_of(size));
+        let end = start.checked_add(elements.len() / size).filter(|_| elements.len().is_multiple_of(size));
         let range = start..end.ok_or_else(|| refuse(format!("{} bytes are no elements of it", elements.len())))?;
+        let common = |piece: &OpenPiece| range.start.max(piece.range.start)..range.end.min(piece.range.end);
+        if pieces.iter().map(|piece| common(piece).len()).sum::<usize>() != range.len() {
+            return Err(refuse(format!("the elements {range:?} are no part of what was declared of it")));
+        }
         for piece in pieces {
-            let part = range.start.max(piece.range.start)..range.end.min(piece.range.end);
+            let part = common(piece);
             if !part.is_empty() {
-                missing -= part.len();
                 let begin = piece.bytes.start + (part.start - piece.range.start) * size;
                 let content = &elements[(part.start - start) * size..(part.end - start) * size];
                 self.write_piece(tensor, piece, begin, content)?;
             }
-        }
-        if missing > 0 {
-            return Err(refuse(format!("{missing} of the elements {range:?} are no part of it")));
         }
         Ok(())
     }
@@ -340,6 +341,11 @@ impl OpenPiece {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, OpenSpan>> {
         // A thread that panicked left the map as it was before or after one insertion.
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether an element of `range` is in this piece; an empty tensor has one piece only.
+    fn meets(&self, range: &Range<usize>) -> bool {
+        range.is_empty() || range.start < self.range.end && self.range.start < range.end
     }
 
     /// Claims the bytes `begin..end`: the first byte of the span that they belong to, and its hasher; none if some
