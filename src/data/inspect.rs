@@ -91,8 +91,8 @@ pub struct InspectOptions {
 const SAMPLE: usize = 200;
 
 /// Reads the whole of a path and describes it. What it is follows from its name: `.bin` is a file of tokens, `.json` a
-/// tokenizer (as is the word `bytes`), `.csv` and `.tsv` rows of numbers, a folder with `dataset.json` or `.bin` files a dataset, all
-/// else text.
+/// tokenizer (as is the word `bytes`), `.csv` and `.tsv` rows of numbers, a folder with `dataset.json` or `.bin` files
+/// a dataset, all else text.
 pub fn inspect(path: &Path, options: &InspectOptions) -> Result<Summary> {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
     match extension.as_str() {

@@ -11,10 +11,10 @@ pub(super) fn map_file(path: &Path) -> Result<Mmap> {
     if !file.metadata().map_err(Error::io("read", path))?.is_file() {
         return Err(Error::file(path, "is not a regular file"));
     }
-    // SAFETY: the map is read only and every use of its bytes here is a copy of plain integers, which have no invalid
-    // values: should another program rewrite the file meanwhile, tokens change but nothing else can go wrong (readers
-    // compare them with the vocabulary once, and the embedding looks them up with a bounds check of its own). Should
-    // another program cut the file off, the system ends the process with SIGBUS. We never write to a file that we have
-    // mapped: all output is written beside and renamed.
+    // SAFETY: the map is private to this process and read only, so nothing here can write through it, and we never
+    // write to a file that may be mapped: all our output is written beside and renamed. What remains is another program
+    // that rewrites or cuts off the file while it is mapped, which the type system cannot exclude on any system. The
+    // bytes are only read as integers, which have no invalid values; pages that are cut off end the process with
+    // SIGBUS.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
 }

@@ -19,8 +19,8 @@
 //! | `order` | which sample comes when: a pure function of (seed, global sample index) |
 //! | `output` | files and folders that appear whole or not at all |
 //!
-//! Invariants: nothing read from disk is trusted before it is checked; the order of samples holds no state, so a run that
-//! resumes neither repeats nor skips; filling a batch allocates nothing.
+//! Invariants: nothing read from disk is trusted before it is checked; the order of samples holds no state, so a run
+//! that resumes neither repeats nor skips; filling a batch allocates nothing.
 
 pub mod dataset;
 pub mod inspect;

@@ -1,11 +1,11 @@
-//! The order of samples, as a pure function of (seed, global sample index): nothing to save, nothing to restore, and any
-//! rank can ask for any sample.
+//! The order of samples, as a pure function of (seed, global sample index): nothing to save, nothing to restore, and
+//! any rank can ask for any sample.
 
 /// Which of `samples` samples comes at which global index, epoch after epoch.
 ///
 /// Sequential, or shuffled by a bijection of `0..samples` that is keyed by (seed, epoch). The bijection is a Feistel
-/// network over a rectangle of about √n × √n whose few surplus cells are skipped by walking the cycle (Black and Rogaway,
-/// "Ciphers with arbitrary finite domains", 2002, methods "generalized Feistel" and "cycle walking").
+/// network over a rectangle of about √n × √n whose few surplus cells are skipped by walking the cycle (Black and
+/// Rogaway, "Ciphers with arbitrary finite domains", 2002, methods "generalized Feistel" and "cycle walking").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
     samples: u64,
@@ -29,7 +29,8 @@ impl Order {
         self.samples
     }
 
-    /// The sample, below `samples`, that comes at the global index `at` (counted from the start of the run, over epochs).
+    /// The sample, below `samples`, that comes at the global index `at` (counted from the start of the run, over
+    /// epochs).
     pub fn sample(&self, at: u64) -> u64 {
         let (epoch, index) = (at / self.samples, at % self.samples);
         match self.shuffle {
@@ -44,7 +45,8 @@ const ROUNDS: u64 = 4;
 
 /// A bijection of `0..n`, another one for every key.
 fn permute(index: u64, n: u64, key: u64) -> u64 {
-    // A rectangle of rows × columns cells: n <= rows·columns < n + rows, so walking the cycle rarely takes a second step.
+    // A rectangle of rows × columns cells: n <= rows·columns < n + rows, so walking the cycle rarely takes a second
+    // step.
     let rows = n.isqrt().max(1);
     let columns = n.div_ceil(rows);
     let mut cell = index;
@@ -64,7 +66,7 @@ fn permute(index: u64, n: u64, key: u64) -> u64 {
 
 /// A hash spread over `0..n`.
 fn scaled(hash: u64, n: u64) -> u64 {
-    (hash as u128 * n as u128 >> 64) as u64
+    ((u128::from(hash) * u128::from(n)) >> 64) as u64
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
@@ -81,8 +83,8 @@ pub fn held_out_block(fraction: f64) -> Option<u64> {
     (fraction > 0.0).then(|| (1.0 / fraction).round().max(2.0) as u64)
 }
 
-/// Whether document or row `index` is held out for validation: exactly one of every 1 / `fraction` consecutive ones, at a
-/// place in its block that a hash of the block picks. A pure function, so that every tool agrees on the split.
+/// Whether document or row `index` is held out for validation: exactly one of every 1 / `fraction` consecutive ones, at
+/// a place in its block that a hash of the block picks. A pure function, so that every tool agrees on the split.
 pub fn is_held_out(index: u64, fraction: f64) -> bool {
     held_out_block(fraction).is_some_and(|block| scaled(mix(index / block), block) == index % block)
 }

@@ -1,7 +1,7 @@
 //! Where documents come from: a UTF-8 text file, JSONL, or a folder of them.
 //!
-//! A text file holds one document, or several with `<|endoftext|>` between them (a line end directly after it belongs to
-//! it). A JSONL file holds one document a line, in a field of a JSON object. One document at a time is in memory.
+//! A text file holds one document, or several with `<|endoftext|>` between them (a line end directly after it belongs
+//! to it). A JSONL file holds one document a line, in a field of a JSON object. One document at a time is in memory.
 
 use super::tokenizer::END_OF_TEXT;
 use crate::error::{Error, Result};
@@ -72,8 +72,8 @@ impl Corpus {
     /// The documents in order; documents without anything but white space are left out. After an error nothing follows.
     ///
     /// # Errors
-    /// Of each document: a file that cannot be read; invalid UTF-8 (with the byte offset in the file); a JSONL line that
-    /// is not an object with a string in the field (with the line).
+    /// Of each document: a file that cannot be read; invalid UTF-8 (with the byte offset in the file); a JSONL line
+    /// that is not an object with a string in the field (with the line).
     pub fn documents(&self) -> Documents<'_> {
         Documents { corpus: self, next_file: 0, open: None, bytes_read: 0, failed: false }
     }

@@ -48,8 +48,8 @@ impl Default for TokenizeOptions {
 /// Text that is encoded at once; enough to keep all threads busy.
 const BATCH_BYTES: usize = 4 << 20;
 
-/// Turns text into a dataset folder: `train_000000.bin`, …, `val_000000.bin`, …, `tokenizer.json`, `dataset.json`. After
-/// every document comes the tokenizer's end-of-text token, if it has one. The folder appears when it is complete.
+/// Turns text into a dataset folder: `train_000000.bin`, …, `val_000000.bin`, …, `tokenizer.json`, `dataset.json`.
+/// After every document comes the tokenizer's end-of-text token, if it has one. The folder appears when it is complete.
 ///
 /// # Errors
 /// Those of [`Corpus::documents`]; a text without documents; an output that exists, or that holds the input.

@@ -23,7 +23,8 @@ const END_OF_TEXT_NAMES: [&str; 6] = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<
 /// The word that stands for raw bytes in place of a tokenizer file.
 pub const BYTES: &str = "bytes";
 
-/// Most text that a tokenizer is trained on. The `tokenizers` crate counts pairs in an i32, which overflows beyond 2 GiB.
+/// Most text that a tokenizer is trained on. The `tokenizers` crate counts pairs in an i32, which overflows beyond 2
+/// GiB.
 pub const MAX_TRAINING_BYTES: u64 = 1 << 30;
 
 /// Long documents are encoded in pieces of about this many bytes: by several threads, in bounded memory.
@@ -58,8 +59,8 @@ impl Tokenizer {
         Self::from_model(model).map_err(|e| Error::file(path, e.to_string()))
     }
 
-    /// Trains byte-level BPE: 256 bytes, `<|endoftext|>` (id 0), and merges up to `vocab` tokens; fewer if the text does
-    /// not hold that many pairs. The same texts give the same tokenizer. At most [`MAX_TRAINING_BYTES`] are used.
+    /// Trains byte-level BPE: 256 bytes, `<|endoftext|>` (id 0), and merges up to `vocab` tokens; fewer if the text
+    /// does not hold that many pairs. The same texts give the same tokenizer. At most [`MAX_TRAINING_BYTES`] are used.
     pub fn train_bpe(texts: impl Iterator<Item = Result<String>> + Send, vocab: usize) -> Result<Self> {
         if vocab < 257 {
             return Err(Error::config(
@@ -163,7 +164,8 @@ impl Tokenizer {
         self.model.as_ref().map(|model| model.to_string(true).map_err(failed)).transpose()
     }
 
-    /// Writes a `tokenizer.json`; an existing file is refused without `force`. Raw bytes have no file: that is an error.
+    /// Writes a `tokenizer.json`; an existing file is refused without `force`. Raw bytes have no file: that is an
+    /// error.
     pub fn save(&self, path: &Path, force: bool) -> Result<()> {
         let json = self
             .to_json()?
@@ -176,8 +178,8 @@ fn failed(error: tokenizers::Error) -> Error {
     Error::Usage(format!("the tokenizer failed: {error}"))
 }
 
-/// Divides a text into ranges of about [`PIECE_BYTES`], at spaces and line ends between words where `harmless` agrees; a
-/// text without such places stays whole. The pre-tokenizers of the GPT-2 and Llama 3 kind always start a word there.
+/// Divides a text into ranges of about [`PIECE_BYTES`], at spaces and line ends between words where `harmless` agrees;
+/// a text without such places stays whole. The pre-tokenizers of the GPT-2 and Llama 3 kind always start a word there.
 fn pieces(text: &str, harmless: impl Fn(usize) -> bool) -> Vec<Range<usize>> {
     const TRIES: usize = 16;
     let (bytes, mut start, mut ranges) = (text.as_bytes(), 0, Vec::new());

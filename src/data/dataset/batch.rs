@@ -39,8 +39,8 @@ impl TokenBatch {
 /// What filling a batch heeds besides the tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BatchRules {
-    /// The token that ends a document, if attention shall not reach back over it. The position of the token itself still
-    /// belongs to the document that it ends.
+    /// The token that ends a document, if attention shall not reach back over it. The position of the token itself
+    /// still belongs to the document that it ends.
     pub reset_attention_after: Option<u32>,
     /// A token, such as padding, that is not to be predicted.
     pub ignored_target: Option<u32>,

@@ -185,12 +185,13 @@ fn shard_files(folder: &Path, words: &[&str]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Refuses a validation fraction outside of 0 to 0.5.
+/// Refuses a validation fraction that is neither 0 nor within 0.00001 to 0.5. (One document of every 1 / fraction is
+/// held out, and that many are kept in memory at first.)
 pub(super) fn check_val_fraction(fraction: f64) -> Result<()> {
-    if (0.0..=0.5).contains(&fraction) {
+    if fraction == 0.0 || (1e-5..=0.5).contains(&fraction) {
         return Ok(());
     }
-    Err(Error::config("val_fraction", fraction, "must lie between 0 (no validation part) and 0.5"))
+    Err(Error::config("val_fraction", fraction, "must be 0 (no validation part) or lie between 0.00001 and 0.5"))
 }
 
 /// Tokens in order, in mapped files or in memory, cut into windows that do not cross from one file into the next.
@@ -273,8 +274,8 @@ impl TokenData {
         self.spans.first().map(first).unwrap_or_default()
     }
 
-    /// How many windows of `context` inputs, and as many targets one token further, there are. Window w of a file covers
-    /// the tokens w·context to w·context + context, both included.
+    /// How many windows of `context` inputs, and as many targets one token further, there are. Window w of a file
+    /// covers the tokens w·context to w·context + context, both included.
     pub fn windows(&self, context: usize) -> u64 {
         self.spans.iter().map(|span| span.windows(context)).sum()
     }

@@ -50,8 +50,8 @@ impl RowBatch {
 }
 
 impl RowData {
-    /// Reads a CSV file. A first line without any number is a header. The label is the column of that name in the header,
-    /// or the last column; all others are inputs. A `.tsv` file is divided by tabs.
+    /// Reads a CSV file. A first line without any number is a header. The label is the column of that name in the
+    /// header, or the last column; all others are inputs. A `.tsv` file is divided by tabs.
     ///
     /// # Errors
     /// Each names line, column and value: a cell that is not a finite number, a label that is not an integer from 0,
@@ -60,8 +60,8 @@ impl RowData {
         csv::read(path, label_column)
     }
 
-    /// Reads two `.npy` files: inputs (two or more dimensions, of which all after the first are one row) and labels (one
-    /// integer a row). Types: f4, f8, i4, i8, u1, little-endian, in C order.
+    /// Reads two `.npy` files: inputs (two or more dimensions, of which all after the first are one row) and labels
+    /// (one integer a row). Types: f4, f8, i4, i8, u1, little-endian, in C order.
     ///
     /// # Errors
     /// Another type or layout, a length that is not what the header says, unequal numbers of rows, a number that is not
@@ -81,9 +81,9 @@ impl RowData {
         self.labels.len()
     }
 
-    /// Divides the rows: one of every 1 / `val_fraction` consecutive ones is held out, at a place that a hash picks, since
-    /// files are often sorted by class. None where that leaves no row to validate on. Both parts have all classes'
-    /// number. `val_fraction` is 0 to 0.5.
+    /// Divides the rows: one of every 1 / `val_fraction` consecutive ones is held out, at a place that a hash picks,
+    /// since files are often sorted by class. None where that leaves no row to validate on. Both parts have all
+    /// classes' number. `val_fraction` is 0 to 0.5.
     pub fn split(self, val_fraction: f64) -> Result<(Self, Option<Self>)> {
         super::dataset::check_val_fraction(val_fraction)?;
         let part = |held_out| {
@@ -126,7 +126,8 @@ impl RowData {
         }
         for row in self.features.chunks_exact_mut(self.inputs) {
             for ((x, mean), std) in row.iter_mut().zip(&by.mean).zip(&by.std) {
-                *x = (*x - mean) / std;
+                // In float64, where the difference of two float32 cannot overflow.
+                *x = ((f64::from(*x) - f64::from(*mean)) / f64::from(*std)) as f32;
             }
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! Rows of numbers from NumPy's `.npy`: a magic, a version, the length of a header, a header that is a Python dictionary
-//! (`{'descr': '<f4', 'fortran_order': False, 'shape': (150, 4), }`), then the numbers (NumPy's NEP 1).
+//! Rows of numbers from NumPy's `.npy`: a magic, a version, the length of a header, a header that is a Python
+//! dictionary (`{'descr': '<f4', 'fortran_order': False, 'shape': (150, 4), }`), then the numbers (NumPy's NEP 1).
 
 use super::{NOT_A_LABEL, RowData, label};
 use crate::{

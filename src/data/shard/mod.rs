@@ -1,8 +1,8 @@
 //! Files of tokens: llm.c's `.bin` with 16-bit and 32-bit tokens, and nanoGPT's `.bin`, which has no header.
 //!
 //! llm.c's format: 256 little-endian int32 (magic, version, number of tokens, the rest 0), then the tokens. Magic and
-//! version are 20240520 and 1 for uint16 (its GPT-2 data), 20240801 and 7 for uint32 (its Llama 3 data). The count is an
-//! int32, so a file holds fewer than 2³¹ tokens.
+//! version are 20240520 and 1 for uint16 (its GPT-2 data), 20240801 and 7 for uint32 (its Llama 3 data). The count is
+//! an int32, so a file holds fewer than 2³¹ tokens.
 
 mod writer;
 pub use writer::{ShardFile, ShardWriter};
