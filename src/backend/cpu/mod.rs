@@ -32,7 +32,7 @@ pub struct Cpu<F> {
 impl<F: Real> Cpu<F> {
     /// A CPU backend with this many threads; 0 means one for each core this process may use.
     pub fn new(threads: usize) -> Result<Self> {
-        Ok(Self { pool: Pool::new(threads)?, allocated: Arc::default(), compute: PhantomData })
+        Ok(Self { pool: Pool::new(threads).map_err(|e| Error::Device(format!("{e}")))?, allocated: Arc::default(), compute: PhantomData })
     }
 
     /// The threads that ops run on.
