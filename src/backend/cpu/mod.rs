@@ -18,6 +18,7 @@ use std::{
 pub mod gemm;
 pub mod math;
 pub mod parallel;
+pub mod stream;
 
 pub use math::Real;
 pub use parallel::Pool;
