@@ -23,6 +23,9 @@ pub mod pieces;
 pub mod rotary;
 pub mod scalars;
 
+#[cfg(test)]
+mod tests;
+
 use crate::backend::Backend;
 
 /// All operations: what a backend must offer to train every architecture with every optimizer.
