@@ -60,6 +60,7 @@ pub struct MlpActivations<B: Backend> {
     /// Gradients by the activations of the present layer and of the one before.
     scratch: [Tensor<B>; 2],
     losses: Tensor<B>,
+    logits: Tensor<B>,
 }
 
 /// Reserved activations.
@@ -67,6 +68,7 @@ pub struct MlpSlots {
     hidden: Vec<(Slot, Slot)>,
     scratch: [Slot; 2],
     losses: Slot,
+    logits: Slot,
 }
 
 impl<B: Backend> MlpActivations<B> {
@@ -76,6 +78,7 @@ impl<B: Backend> MlpActivations<B> {
             hidden: slots.hidden.into_iter().map(|(a, b)| (planned.take(a), planned.take(b))).collect(),
             scratch: slots.scratch.map(|s| planned.take(s)),
             losses: planned.take(slots.losses),
+            logits: planned.take(slots.logits),
         }
     }
 
@@ -103,7 +106,7 @@ impl Mlp {
     }
 
     /// Reserves the activations of a micro-batch.
-    pub fn plan<B: Backend>(&self, backend: &B, plan: &mut Plan, micro: MicroBatch) -> MlpSlots {
+    pub fn plan<B: Ops>(&self, backend: &B, plan: &mut Plan, micro: MicroBatch) -> MlpSlots {
         let (rows, float) = (micro.rows(), backend.compute());
         let mut slot =
             |name: String, dtype, columns: usize| plan.reserve(format!("activations.{name}"), dtype, rows * columns);
@@ -119,6 +122,7 @@ impl Mlp {
                 .collect(),
             scratch: ["scratch.present", "scratch.next"].map(|name| slot(name.into(), float, widest)),
             losses: slot("losses".into(), backend.statistics(), 1),
+            logits: plan.reserve("activations.logits", float, backend.cross_entropy_scratch(self.readout_shape(rows))),
         }
     }
 
@@ -179,6 +183,7 @@ impl Mlp {
         backend.cross_entropy(
             acts.losses.view_mut(),
             None,
+            acts.logits.view_mut(),
             x,
             w.get(&self.readout.0),
             bias,
@@ -208,7 +213,16 @@ impl Mlp {
         let (mut present, mut next) = (present, next);
         let dx = present.slice_mut(0..rows * shape.width);
         let gradients = ReadoutGradients { dx, dweight, dbias, scale };
-        backend.cross_entropy(acts.losses.view_mut(), Some(gradients), x, weight, bias, batch.targets.view(), shape);
+        backend.cross_entropy(
+            acts.losses.view_mut(),
+            Some(gradients),
+            acts.logits.view_mut(),
+            x,
+            weight,
+            bias,
+            batch.targets.view(),
+            shape,
+        );
         g.done(self.layers.len());
         for i in (0..self.layers.len()).rev() {
             let (shape, (weight, bias)) = (self.shape(i, rows), &self.layers[i]);

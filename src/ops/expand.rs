@@ -2,8 +2,15 @@
 //! is expansion with the map "repeat"; loading a checkpoint is expansion with the identity; initial values are noise
 //! alone; other growth operators are other maps.
 
+use super::{
+    convert::{Float, with_float},
+    gradient::square_sum,
+};
 use crate::{
-    backend::{Backend, Mut, Ref},
+    backend::{
+        Backend, Mut, Ref,
+        cpu::{Cpu, Real, math::simd, parallel::RowsMut, stream},
+    },
     rng,
 };
 
@@ -28,8 +35,8 @@ pub struct Noise {
     pub stream: rng::Stream,
     /// Standard deviation.
     pub amount: f64,
-    /// Take from the noise its mean over the copies of each source column (times √(k/(k−1)) to keep its deviation), so
-    /// that the function is kept. k copies each, k ≥ 2.
+    /// Take from the noise its mean over the k ≥ 2 copies of each source column, so that the function is kept: what is
+    /// added is (amount · √(k/(k−1))) · (ξ − (Σ ξ)/k), summed in the order of the columns; the root keeps the deviation.
     pub paired: Option<u32>,
 }
 
@@ -50,6 +57,199 @@ pub trait Expand: Backend {
     /// target[i] = mean + noise[start + i].
     fn fill(&self, target: Mut<'_, Self>, start: usize, mean: f64, noise: Option<&Noise>);
 
-    /// out[0] = mean of squares of `x` (f64, summed in a fixed order): for noise relative to a tensor's own size.
+    /// out[0] = mean of squares of `x` (f64, summed in a fixed order), 0 if it is empty: for noise relative to a
+    /// tensor's own size.
     fn mean_square(&self, out: Mut<'_, Self>, x: Ref<'_, Self>);
 }
+
+/// Elements that one task writes.
+const TASK: usize = 1 << 16;
+/// Elements computed in cache before they are stored.
+const BLOCK: usize = 1 << 12;
+
+impl<F: Real> Expand for Cpu<F> {
+    fn expand(
+        &self,
+        target: Mut<'_, Self>,
+        start: usize,
+        columns: usize,
+        source: Source<'_, Self>,
+        noise: Option<&Noise>,
+    ) {
+        with_float!(source.values.dtype(), S => {
+            let map = Map::<S>::new(&source, columns);
+            with_float!(target.dtype(), T => write(self, target.into_slice::<T>(), start, |at, values, paired| {
+                map.read(at, values, source.scale);
+                match noise {
+                    Some(Noise { stream, amount, paired: Some(k) }) => {
+                        paired.add(at, values, &map, stream, *amount, f64::from(*k));
+                    }
+                    Some(noise) => add(noise, at, values),
+                    None => {}
+                }
+            }))
+        });
+    }
+
+    fn fill(&self, target: Mut<'_, Self>, start: usize, mean: f64, noise: Option<&Noise>) {
+        assert!(noise.is_none_or(|n| n.paired.is_none()), "without a source there are no copies to pair");
+        with_float!(target.dtype(), T => write(self, target.into_slice::<T>(), start, |at, values, _| {
+            values.fill(Real::from_f64(mean));
+            if let Some(noise) = noise {
+                add(noise, at, values);
+            }
+        }));
+    }
+
+    fn mean_square(&self, out: Mut<'_, Self>, x: Ref<'_, Self>) {
+        let len = x.len();
+        let sum = with_float!(x.dtype(), T => {
+            let x = x.as_slice::<T>();
+            self.pool().sum(len.div_ceil(TASK), |i| square_sum(&x[i * TASK..len.min((i + 1) * TASK)], T::load))
+        });
+        out.into_slice::<f64>()[0] = sum / len.max(1) as f64;
+    }
+}
+
+/// Computes a range of a tensor block by block, and stores it past the caches. `compute(at, values, paired)` gives the
+/// elements from index `at` of the full tensor on.
+fn write<F: Real, T: Float>(
+    cpu: &Cpu<F>,
+    target: &mut [T],
+    start: usize,
+    compute: impl Fn(usize, &mut [T::Arithmetic], &mut Paired<T::Arithmetic>) + Send + Sync,
+) {
+    cpu.pool().for_rows(RowsMut::new(target, 1), TASK, |range, target| {
+        let mut values = [T::Arithmetic::from_f64(0.0); BLOCK];
+        let mut rounded = [T::store(0.0); BLOCK];
+        let mut paired = Paired::default();
+        for (i, block) in target.chunks_mut(BLOCK).enumerate() {
+            let (values, rounded) = (&mut values[..block.len()], &mut rounded[..block.len()]);
+            compute(start + range.start + i * BLOCK, values, &mut paired);
+            simd(|| rounded.iter_mut().zip(&*values).for_each(|(r, v)| *r = T::round(*v)));
+            stream::copy(block, rounded);
+        }
+    });
+}
+
+/// The values to copy and where they go, as slices.
+struct Map<'a, S> {
+    values: &'a [S],
+    source_columns: usize,
+    rows: &'a [u32],
+    columns: &'a [u32],
+    /// k, if the columns are those of the source, each repeated k times; else 0.
+    repeat: usize,
+}
+
+impl<'a, S: Float> Map<'a, S> {
+    fn new<F: Real>(source: &Source<'a, Cpu<F>>, target_columns: usize) -> Self {
+        let values = source.values.as_slice();
+        let (mut rows, mut columns): (&[u32], &[u32]) = (source.rows_map.as_slice(), source.columns_map.as_slice());
+        assert_eq!(columns.len(), target_columns);
+        let mut source_columns = source.columns;
+        if columns.len() == 1 && source_columns == 1 {
+            // A vector is the same in memory as one row, and a row is copied in one go.
+            (rows, columns, source_columns) = (&[0], rows, values.len());
+        }
+        let k = columns.len() / source_columns;
+        let repeats = k > 0 && columns.iter().enumerate().all(|(j, &c)| c as usize == j / k);
+        Self { values, source_columns, rows, columns, repeat: if repeats { k } else { 0 } }
+    }
+
+    /// The elements from index `at` of the full target on, times `scale`.
+    fn read<A: Real>(&self, mut at: usize, mut out: &mut [A], scale: f64) {
+        let scale = A::from_f64(scale);
+        while !out.is_empty() {
+            let (row, column) = (at / self.columns.len(), at % self.columns.len());
+            let (segment, rest) = out.split_at_mut(out.len().min(self.columns.len() - column));
+            let source = &self.values[self.rows[row] as usize * self.source_columns..][..self.source_columns];
+            simd(|| match self.repeat {
+                1 => repeat::<1, S, A>(segment, source, column, scale),
+                2 => repeat::<2, S, A>(segment, source, column, scale),
+                3 => repeat::<3, S, A>(segment, source, column, scale),
+                4 => repeat::<4, S, A>(segment, source, column, scale),
+                _ => gather(segment, source, &self.columns[column..], scale),
+            });
+            at += segment.len();
+            out = rest;
+        }
+    }
+}
+
+/// out[j] = scale · source[columns[j]].
+#[inline(always)]
+fn gather<S: Float, A: Real>(out: &mut [A], source: &[S], columns: &[u32], scale: A) {
+    for (value, &column) in out.iter_mut().zip(columns) {
+        *value = scale * A::from_f64(source[column as usize].load());
+    }
+}
+
+/// out[j] = scale · source[(column + j) / K].
+#[inline(always)]
+fn repeat<const K: usize, S: Float, A: Real>(out: &mut [A], source: &[S], column: usize, scale: A) {
+    let value = |i: usize| scale * A::from_f64(source[i].load());
+    let first = column.div_ceil(K);
+    let (head, out) = out.split_at_mut((first * K - column).min(out.len()));
+    head.fill(value(column / K));
+    let (groups, tail) = out.as_chunks_mut::<K>();
+    if !tail.is_empty() {
+        tail.fill(value(first + groups.len()));
+    }
+    for (group, s) in groups.iter_mut().zip(&source[first..]) {
+        *group = [scale * A::from_f64(s.load()); K];
+    }
+}
+
+/// values[i] += amount · ξ(at + i).
+fn add<A: Real>(noise: &Noise, at: usize, values: &mut [A]) {
+    let mut normals = [0.0; BLOCK];
+    let normals = &mut normals[..values.len()];
+    noise.stream.normal_fill(at as u64, normals);
+    let amount = A::from_f64(noise.amount);
+    simd(|| values.iter_mut().zip(&*normals).for_each(|(v, &n)| *v = *v + amount * A::from_f64(f64::from(n))));
+}
+
+/// The paired noise of one row of the target, kept while blocks of that row are written.
+struct Paired<A> {
+    row: Option<usize>,
+    normals: Vec<f32>,
+    /// Of each column of the source.
+    means: Vec<A>,
+}
+
+impl<A> Default for Paired<A> {
+    fn default() -> Self {
+        Self { row: None, normals: Vec::new(), means: Vec::new() }
+    }
+}
+
+impl<A: Real> Paired<A> {
+    fn add<S>(&mut self, at: usize, values: &mut [A], map: &Map<S>, stream: &rng::Stream, amount: f64, k: f64) {
+        let amount = A::from_f64(amount * (k / (k - 1.0)).sqrt());
+        for (i, value) in values.iter_mut().enumerate() {
+            let (row, column) = ((at + i) / map.columns.len(), (at + i) % map.columns.len());
+            if self.row != Some(row) {
+                self.draw(row, map, stream, A::from_f64(k));
+            }
+            let normal = A::from_f64(f64::from(self.normals[column]));
+            *value = *value + amount * (normal - self.means[map.columns[column] as usize]);
+        }
+    }
+
+    fn draw<S>(&mut self, row: usize, map: &Map<S>, stream: &rng::Stream, k: A) {
+        self.row = Some(row);
+        self.normals.resize(map.columns.len(), 0.0);
+        stream.normal_fill((row * map.columns.len()) as u64, &mut self.normals);
+        self.means.clear();
+        self.means.resize(map.source_columns, A::from_f64(0.0));
+        for (&column, &normal) in map.columns.iter().zip(&self.normals) {
+            let mean = &mut self.means[column as usize];
+            *mean = *mean + A::from_f64(f64::from(normal));
+        }
+        self.means.iter_mut().for_each(|m| *m = *m / k);
+    }
+}
+
+#[cfg(test)]
+mod tests;

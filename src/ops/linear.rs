@@ -2,12 +2,7 @@
 
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{
-        Cpu, Real,
-        gemm::gemm_on,
-        math::simd,
-        parallel::RowsMut,
-    },
+    cpu::{Cpu, Real, gemm::gemm_on, math::simd, parallel::RowsMut},
 };
 
 /// Sizes of a linear layer.

@@ -9,6 +9,7 @@
 
 pub mod activation;
 pub mod attention;
+mod convert;
 pub mod embedding;
 pub mod expand;
 pub mod gradient;

@@ -1,8 +1,16 @@
 //! Muon: momentum orthogonalised by Newton–Schulz (Jordan et al., kellerjordan.github.io/posts/muon), for hidden
 //! matrices.
 
-use super::pieces::RowSettings;
-use crate::backend::{Backend, Mut, Ref};
+use super::{gradient::square_sum, optimizer::Step, pieces::RowSettings};
+use crate::backend::{
+    Backend, Mut, Ref,
+    cpu::{
+        Cpu, Pool, Real,
+        gemm::gemm_on,
+        math::simd,
+        parallel::{RowsMut, scratch as scratch_of_thread},
+    },
+};
 
 /// One matrix to update.
 pub struct MuonMatrix<'a, B: Backend> {
@@ -43,3 +51,120 @@ pub trait Muon: Backend {
         scalars: Ref<'_, Self>,
     );
 }
+
+/// Elements that one task takes, about.
+const TASK: usize = 1 << 14;
+/// Factor on the first moment.
+const MOMENTUM: f64 = 0.95;
+/// Newton-Schulz steps.
+const STEPS: usize = 5;
+/// a, b, c of a step.
+const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
+
+impl<F: Real> Muon for Cpu<F> {
+    fn muon(
+        &self,
+        matrix: MuonMatrix<'_, Self>,
+        partial: Mut<'_, Self>,
+        scratch: Mut<'_, Self>,
+        scalars: Ref<'_, Self>,
+    ) {
+        assert!(matrix.master.is_none(), "on a CPU the weights are their own master copy");
+        let MuonMatrix { weight, first, gradient, rows, columns, settings, .. } = matrix;
+        let (weight, first) = (weight.into_slice::<F>(), first.into_slice::<F>());
+        let partial = &mut partial.into_slice::<f64>()[0];
+        let Some(step) = Step::read(scalars.as_slice()) else { return *partial = 0.0 };
+        let (x, rest) = scratch.into_slice::<F>().split_at_mut(rows * columns);
+        let (y, squares) = rest.split_at_mut(x.len());
+        if gradient.dtype() == F::DTYPE {
+            add_momentum(self.pool(), x, first, gradient.as_slice::<F>(), step.factor);
+        } else {
+            add_momentum(self.pool(), x, first, gradient.as_slice::<f64>(), step.factor);
+        }
+        normalise(self.pool(), x, settings.eps);
+        let update = orthogonalise(self.pool(), x, y, squares, rows, columns);
+        let rate = step.lr * settings.lr;
+        *partial = apply(self.pool(), weight, update, columns, rate, rate * settings.decay);
+    }
+}
+
+/// m ← 0.95 m + factor · gradient; u = factor · gradient + 0.95 m.
+fn add_momentum<F: Real, G: Real>(pool: &Pool, u: &mut [F], m: &mut [F], gradient: &[G], factor: f64) {
+    assert_eq!(gradient.len(), u.len());
+    let (factor, momentum) = (F::from_f64(factor), F::from_f64(MOMENTUM));
+    pool.for_rows((RowsMut::new(u, 1), RowsMut::new(m, 1)), TASK, |range, (u, m)| {
+        simd(|| {
+            for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
+                let g = factor * F::from_f64(g.to_f64());
+                *m = momentum * *m + g;
+                *u = g + momentum * *m;
+            }
+        });
+    });
+}
+
+/// x ← x / (‖x‖ + eps), Frobenius norm.
+fn normalise<F: Real>(pool: &Pool, x: &mut [F], eps: f64) {
+    let tasks = x.len().div_ceil(TASK);
+    let sum = pool.sum(tasks, |i| square_sum(&x[i * TASK..x.len().min((i + 1) * TASK)], F::to_f64));
+    let scale = F::from_f64((sum.sqrt() + eps).recip());
+    pool.for_rows(RowsMut::new(x, 1), TASK, |_, x| simd(|| x.iter_mut().for_each(|x| *x = scale * *x)));
+}
+
+/// The Newton-Schulz steps on the matrix in `x`; returns where the result is, `x` or `y`.
+fn orthogonalise<'a, F: Real>(
+    pool: &Pool,
+    mut x: &'a mut [F],
+    mut y: &'a mut [F],
+    squares: &mut [F],
+    rows: usize,
+    columns: usize,
+) -> &'a [F] {
+    // A matrix with more rows than columns is taken transposed, by its strides.
+    let (small, large) = (rows.min(columns), rows.max(columns));
+    let (down, along) = if rows > columns { (1, columns) } else { (columns, 1) };
+    let (a, b) = squares.split_at_mut(small * small);
+    let [c1, c3, c5] = QUINTIC.map(F::from_f64);
+    let (zero, one, square) = (F::from_f64(0.0), F::from_f64(1.0), (small, 1));
+    for _ in 0..STEPS {
+        gemm_on(pool, (small, small, large), one, (x, (down, along)), (x, (along, down)), zero, (a, square));
+        b.copy_from_slice(a);
+        gemm_on(pool, (small, small, small), c5, (a, square), (a, square), c3, (b, square));
+        y.copy_from_slice(x);
+        gemm_on(pool, (small, large, small), one, (b, square), (x, (down, along)), c1, (y, (down, along)));
+        std::mem::swap(&mut x, &mut y);
+    }
+    x
+}
+
+/// w ← w − shrink · w − rate · x; Σ of squared changes, row by row.
+fn apply<F: Real>(pool: &Pool, weight: &mut [F], x: &[F], columns: usize, rate: f64, shrink: f64) -> f64 {
+    let (rate, shrink) = (F::from_f64(rate), F::from_f64(shrink));
+    scratch_of_thread(weight.len() / columns, |sums: &mut [f64]| {
+        let rows = (RowsMut::new(weight, columns), RowsMut::new(sums, 1));
+        pool.for_rows(rows, TASK.div_ceil(columns), |range, (weight, sums)| {
+            let x = x[range.start * columns..range.end * columns].chunks_exact(columns);
+            for ((w, x), sum) in weight.chunks_exact_mut(columns).zip(x).zip(sums) {
+                *sum = simd(|| apply_row(w, x, rate, shrink));
+            }
+        });
+        sums.iter().sum()
+    })
+}
+
+#[inline(always)]
+fn apply_row<F: Real>(weight: &mut [F], x: &[F], rate: F, shrink: F) -> f64 {
+    let mut lanes = [0.0; 16];
+    for (weight, x) in weight.chunks_mut(lanes.len()).zip(x.chunks(lanes.len())) {
+        for ((w, &x), lane) in weight.iter_mut().zip(x).zip(&mut lanes) {
+            let new = *w - shrink * *w - rate * x;
+            let change = (new - *w).to_f64();
+            *lane += change * change;
+            *w = new;
+        }
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests;

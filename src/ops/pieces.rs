@@ -3,11 +3,11 @@
 
 use crate::{
     DType, Result,
-    backend::{Backend, Tensor},
+    backend::{Backend, Tensor, cpu::Pool},
     model::param::Table,
 };
 use bytemuck::{Pod, Zeroable};
-use std::ops::Range;
+use std::{mem::take, ops::Range, sync::Mutex};
 
 /// Largest piece, in elements. Partial sums are per piece and are added in order, so results do not depend on threads.
 pub const PIECE: usize = 1 << 16;
@@ -22,6 +22,13 @@ pub struct Piece {
     pub len: u32,
     /// Row of the table.
     pub row: u32,
+}
+
+impl Piece {
+    /// Its elements in the arena.
+    pub fn range(&self) -> Range<usize> {
+        self.offset as usize..self.offset as usize + self.len as usize
+    }
 }
 
 /// What an optimizer needs to know of a row: the base hyperparameters times the row's factors.
@@ -87,4 +94,48 @@ pub fn upload<B: Backend>(backend: &B, bytes: &[u8]) -> Result<Tensor<B>> {
     backend.upload(Stream::Compute, &host, 0..bytes.len(), tensor.view_mut());
     backend.synchronize(&backend.record(Stream::Compute))?;
     Ok(tensor)
+}
+
+/// Calls `work(piece, its elements of each arena)` for all pieces, which are in arena order and do not overlap, and puts
+/// what it returns into `partials`, one for each piece. An arena that is not there is empty.
+pub(crate) fn for_pieces<T: Send>(
+    pool: &Pool,
+    pieces: &[Piece],
+    mut arenas: [&mut [T]; 4],
+    partials: &mut [f64],
+    work: impl Fn(&Piece, [&mut [T]; 4]) -> f64 + Sync,
+) {
+    assert_eq!(partials.len(), pieces.len());
+    let per_task = pieces.len().div_ceil(TASKS).max(1);
+    let mut end = 0;
+    let mut tasks = Vec::with_capacity(TASKS);
+    for (pieces, partials) in pieces.chunks(per_task).zip(partials.chunks_mut(per_task)) {
+        let range = pieces[0].range().start..pieces[pieces.len() - 1].range().end;
+        let part = arenas.each_mut().map(|arena| cut_off(arena, range.start - end, range.len()));
+        end = range.end;
+        tasks.push(Mutex::new((part, pieces, partials)));
+    }
+    pool.for_tasks(tasks.len(), |i| {
+        let mut task = tasks[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (arenas, pieces, partials) = &mut *task;
+        let mut end = pieces[0].range().start;
+        for (piece, partial) in pieces.iter().zip(&mut **partials) {
+            let elements = arenas.each_mut().map(|a| cut_off(a, piece.range().start - end, piece.range().len()));
+            end = piece.range().end;
+            *partial = work(piece, elements);
+        }
+    });
+}
+
+/// More tasks than this are not made of the pieces.
+const TASKS: usize = 256;
+
+/// Takes `len` elements off the front of `slice`, after dropping `skip`; nothing from an empty one.
+fn cut_off<'a, T>(slice: &mut &'a mut [T], skip: usize, len: usize) -> &'a mut [T] {
+    if slice.is_empty() {
+        return &mut [];
+    }
+    let (taken, rest) = take(slice)[skip..].split_at_mut(len);
+    *slice = rest;
+    taken
 }

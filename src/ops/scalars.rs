@@ -27,6 +27,18 @@ pub enum Scalar {
     UpdateNorm,
 }
 
+impl Scalar {
+    /// This scalar among the tensor's elements.
+    pub(crate) fn of(self, scalars: &[f64]) -> f64 {
+        scalars[self as usize]
+    }
+
+    /// This scalar among the tensor's elements, to write.
+    pub(crate) fn in_mut(self, scalars: &mut [f64]) -> &mut f64 {
+        &mut scalars[self as usize]
+    }
+}
+
 /// Elements of the tensor.
 pub const SCALARS: usize = 16;
 
@@ -43,4 +55,20 @@ pub fn get(bytes: &[u8], scalar: Scalar) -> f64 {
 pub fn set(bytes: &mut [u8], scalar: Scalar, value: f64) {
     let at = scalar as usize * 8;
     bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_and_elements_agree() {
+        let mut bytes = [0; SCALAR_BYTES];
+        set(&mut bytes, Scalar::Skip, 1.5);
+        let mut elements: Vec<f64> = bytemuck::pod_collect_to_vec(&bytes);
+        assert_eq!(Scalar::Skip.of(&elements), 1.5);
+        *Scalar::UpdateNorm.in_mut(&mut elements) = -2.0;
+        assert_eq!(get(bytemuck::cast_slice(&elements), Scalar::UpdateNorm), -2.0);
+        assert_eq!(elements.len(), SCALARS);
+    }
 }

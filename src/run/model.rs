@@ -1,6 +1,10 @@
 //! A trained model without its run: for evaluation and generation.
 
 use crate::{
+    DType,
+    backend::{HostBuffer, Stream, Tensor},
+};
+use crate::{
     Error, Result,
     config::Moments,
     data::{Tokenizer, dataset::TOKENIZER_FILE, tokenizer::BYTES},
@@ -12,10 +16,6 @@ use crate::{
     },
     state::{Meaning, State},
     upscale::{self, Origin},
-};
-use crate::{
-    DType,
-    backend::{HostBuffer, Stream, Tensor},
 };
 
 /// Weights on a device, and what they mean.
@@ -59,7 +59,12 @@ impl<B: Ops> Model<B> {
     }
 
     /// Mean loss over all held-out samples, in micro-batches; `step` is told each one's number of samples.
-    pub fn evaluate(&self, samples: Box<dyn Samples>, micro: MicroBatch, mut step: impl FnMut(u64)) -> Result<Evaluation> {
+    pub fn evaluate(
+        &self,
+        samples: Box<dyn Samples>,
+        micro: MicroBatch,
+        mut step: impl FnMut(u64),
+    ) -> Result<Evaluation> {
         let backend = &self.backend;
         let mut plan = Plan::default();
         let batch = Feed::plan(backend, &mut plan, &*samples, micro, matches!(self.meaning.spec, Spec::Decoder(_)));

@@ -3,7 +3,6 @@
 use super::{CONFIG_FILE, LOG_FILE, Prepared};
 use crate::{
     Error, Result,
-    backend::Backend,
     checkpoint::{CONFIG, STATE, Store},
     comm::Solo,
     config::{Config, OnNan},

@@ -18,6 +18,7 @@ use std::{
 pub(crate) mod gemm;
 pub(crate) mod math;
 pub(crate) mod parallel;
+pub(crate) mod stream;
 
 pub use math::Real;
 pub(crate) use parallel::Pool;
@@ -33,7 +34,8 @@ impl<F: Real> Cpu<F> {
     /// A CPU backend with this many threads; 0 means one for each core this process may use.
     pub fn new(threads: usize) -> Result<Self> {
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
-        let pool = Pool::new(threads).map_err(|e| Error::Device(format!("{threads} threads cannot be started: {e}")))?;
+        let pool =
+            Pool::new(threads).map_err(|e| Error::Device(format!("{threads} threads cannot be started: {e}")))?;
         Ok(Self { pool, allocated: Arc::default(), compute: PhantomData })
     }
 

@@ -291,6 +291,7 @@ pub(crate) trait Rows: Sync {
 /// A mutable slice seen as rows of `width` elements.
 pub(crate) struct RowsMut<'a, T> {
     start: *mut T,
+    len: usize,
     count: usize,
     width: usize,
     slice: PhantomData<&'a mut [T]>,
@@ -301,7 +302,14 @@ impl<'a, T> RowsMut<'a, T> {
     pub(crate) fn new(slice: &'a mut [T], width: usize) -> Self {
         assert!(if width == 0 { slice.is_empty() } else { slice.len().is_multiple_of(width) });
         let count = slice.len().checked_div(width).unwrap_or(0);
-        Self { start: slice.as_mut_ptr(), count, width, slice: PhantomData }
+        Self { start: slice.as_mut_ptr(), len: slice.len(), count, width, slice: PhantomData }
+    }
+
+    /// Blocks of `len` elements, of which the last may be shorter: for ops that keep a partial result for each block
+    /// of rows. `len` is not 0.
+    pub(crate) fn blocks(slice: &'a mut [T], len: usize) -> Self {
+        let count = slice.len().div_ceil(len);
+        Self { start: slice.as_mut_ptr(), len: slice.len(), count, width: len, slice: PhantomData }
     }
 }
 
@@ -318,9 +326,10 @@ impl<'a, T: Send> Rows for RowsMut<'a, T> {
 
     unsafe fn part(&self, range: Range<usize>) -> Self::Part {
         assert!(range.start <= range.end && range.end <= self.count);
-        // SAFETY: the range lies inside the slice of count × width elements that `new` borrowed for 'a, and the caller
-        // promises that no other part shares a row with it.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start * self.width), range.len() * self.width) }
+        let (start, end) = ((range.start * self.width).min(self.len), (range.end * self.width).min(self.len));
+        // SAFETY: start ≤ end ≤ len, the length of the slice borrowed for 'a, which outlives `self`; ranges of rows
+        // that are disjoint give disjoint elements, and the caller promises that no other living part shares a row.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
     }
 }
 

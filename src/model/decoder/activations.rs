@@ -9,6 +9,7 @@ use crate::{
         plan::{Plan, Planned, Slot},
         spec::FeedForward,
     },
+    ops::Ops,
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
@@ -104,12 +105,14 @@ pub(super) struct Parts<T> {
     /// Absent for evaluation.
     pub scratch: Option<Scratch<T>>,
     pub losses: T,
+    /// A chunk of logits.
+    pub logits: T,
 }
 
 /// Reserved activations.
 pub struct ActivationSlots(Parts<Slot>);
 
-impl<B: Backend> Decoder<B> {
+impl<B: Ops> Decoder<B> {
     /// Reserves the activations of a micro-batch; with `recompute` those for training, without for evaluation.
     pub fn plan(
         &self,
@@ -169,6 +172,7 @@ impl<B: Backend> Decoder<B> {
             hidden,
             scratch,
             losses: slot("losses".into(), statistic, 1),
+            logits: plan.reserve("activations.logits", float, backend.cross_entropy_scratch(self.readout_shape(rows))),
         })
     }
 }
@@ -210,6 +214,7 @@ impl<B: Backend> Activations<B> {
             hidden,
             scratch,
             losses: take(s.losses),
+            logits: take(s.logits),
         })
     }
 

@@ -40,6 +40,7 @@ impl<B: Ops> Decoder<B> {
         backend.cross_entropy(
             a.losses.view_mut(),
             Some(gradients),
+            a.logits.view_mut(),
             a.norm.view(),
             readout,
             None,

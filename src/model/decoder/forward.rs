@@ -252,6 +252,7 @@ impl<B: Ops> Decoder<B> {
         backend.cross_entropy(
             a.losses.view_mut(),
             None,
+            a.logits.view_mut(),
             a.norm.view(),
             w.get(&self.rows.readout),
             None,

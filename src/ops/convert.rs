@@ -1,0 +1,110 @@
+//! The float types that tensors are stored in, for the CPU's ops that take any of them.
+
+use crate::backend::cpu::{Element, Real};
+use half::{bf16, f16};
+
+/// A storage type of floats. All conversions round to nearest even.
+pub(crate) trait Float: Element {
+    /// What values of this type are computed in: f64 for f64, otherwise f32.
+    type Arithmetic: Real;
+    /// The value, exactly.
+    fn load(self) -> f64;
+    /// Rounded from f64.
+    fn store(value: f64) -> Self;
+    /// Rounded from the arithmetic type.
+    fn round(value: Self::Arithmetic) -> Self;
+}
+
+impl Float for f64 {
+    type Arithmetic = f64;
+    fn load(self) -> f64 {
+        self
+    }
+    fn store(value: f64) -> Self {
+        value
+    }
+    fn round(value: f64) -> Self {
+        value
+    }
+}
+
+impl Float for f32 {
+    type Arithmetic = f32;
+    fn load(self) -> f64 {
+        f64::from(self)
+    }
+    fn store(value: f64) -> Self {
+        value as f32
+    }
+    fn round(value: f32) -> Self {
+        value
+    }
+}
+
+impl Float for bf16 {
+    type Arithmetic = f32;
+    fn load(self) -> f64 {
+        f64::from(self.to_f32())
+    }
+    fn store(value: f64) -> Self {
+        Self::from_f64(value)
+    }
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Float for f16 {
+    type Arithmetic = f32;
+    fn load(self) -> f64 {
+        f64::from(self.to_f32())
+    }
+    fn store(value: f64) -> Self {
+        Self::from_f64(value)
+    }
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+/// Evaluates `$body` with `$T` as the Rust type of a float [`crate::DType`].
+macro_rules! with_float {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            $crate::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            other => panic!("{other:?} is not a float type"),
+        }
+    };
+}
+pub(crate) use with_float;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halfway_values_round_to_even() {
+        // bf16 has 8 bits of mantissa: 1 + 2⁻⁸ and 1 + 3·2⁻⁸ lie halfway.
+        assert_eq!(bf16::round(1.0 + 2f32.powi(-8)).load(), 1.0);
+        assert_eq!(bf16::round(1.0 + 3.0 * 2f32.powi(-8)).load(), 1.0 + 2f64.powi(-6));
+        // Just above halfway, by less than f32 can tell: rounding by way of f32 would go down to even.
+        assert_eq!(bf16::store(1.0 + 2f64.powi(-8) + 2f64.powi(-40)).load(), 1.0 + 2f64.powi(-7));
+        assert_eq!(f16::store(1.0 + 2f64.powi(-11)).load(), 1.0);
+        assert_eq!(f32::store(1.0 + 2f64.powi(-24)).load(), 1.0);
+    }
+}
