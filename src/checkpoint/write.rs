@@ -118,13 +118,12 @@ impl Writer {
     /// # Errors
     /// If a name is not new, a shape cannot be, or its axes do not describe it; if the disk has no room for the file.
     pub fn tensors(&mut self, file: &str, tensors: Vec<TensorMeta>) -> Result<()> {
-        let whole = |meta: TensorMeta| meta.elements().map(|count| (meta.clone(), 0..count));
         let path = self.target.join(file);
-        let pieces = tensors.into_iter().map(|meta| {
-            let name = meta.name.clone();
-            whole(meta).map_err(|why| Error::tensor(&path, name, why))
-        });
-        let pieces = pieces.collect::<Result<_>>()?;
+        let whole = |meta: TensorMeta| match meta.elements() {
+            Ok(count) => Ok((meta, 0..count)),
+            Err(why) => Err(Error::tensor(&path, meta.name, why)),
+        };
+        let pieces = tensors.into_iter().map(whole).collect::<Result<_>>()?;
         self.pieces(file, pieces)
     }
 
