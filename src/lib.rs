@@ -20,5 +20,6 @@ pub mod schedule;
 pub mod state;
 pub mod trainer;
 pub mod upscale;
+
 pub use dtype::DType;
 pub use error::{Error, Result};

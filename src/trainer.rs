@@ -410,6 +410,7 @@ fn muon_update<B: Ops>(
             settings: *settings,
         };
         let at = pieces.list.len() + i;
-        backend.muon(matrix, partials.slice_mut(at..at + 1), scratch.view_mut(), scalars.view());
+        let needed = 0..muon::scratch(matrix.rows, matrix.columns);
+        backend.muon(matrix, partials.slice_mut(at..at + 1), scratch.slice_mut(needed), scalars.view());
     }
 }
