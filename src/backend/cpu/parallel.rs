@@ -145,7 +145,7 @@ impl Pool {
         let (count, per_task) = (rows.count(), per_task.max(1));
         self.for_tasks(count.div_ceil(per_task), |i| {
             let range = i * per_task..((i + 1) * per_task).min(count);
-            // SAFETY: the ranges of different tasks are disjoint, every task runs once, and `rows` outlives the call.
+            // SAFETY: the ranges of different tasks are disjoint, and every task runs once.
             let part = unsafe { rows.part(range.clone()) };
             task(range, part);
         });
@@ -221,13 +221,16 @@ impl Shared {
         while !self.stop.load(Ordering::SeqCst) {
             let state = self.state.load(Ordering::SeqCst);
             if state & OPEN == 0 || state / REGION == seen {
-                wait(|| self.is_wanted(seen), || {
-                    self.asleep[index].store(true, Ordering::SeqCst);
-                    if !self.is_wanted(seen) {
-                        thread::park();
-                    }
-                    self.asleep[index].store(false, Ordering::SeqCst);
-                });
+                wait(
+                    || self.is_wanted(seen),
+                    || {
+                        self.asleep[index].store(true, Ordering::SeqCst);
+                        if !self.is_wanted(seen) {
+                            thread::park();
+                        }
+                        self.asleep[index].store(false, Ordering::SeqCst);
+                    },
+                );
             } else if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 seen = state / REGION;
                 // SAFETY: we are inside an open region, so the caller waits for us before it writes `job` again.
@@ -281,7 +284,7 @@ pub(crate) trait Rows: Sync {
     /// The rows of `range`.
     ///
     /// # Safety
-    /// No two parts that live at the same time may share a row.
+    /// No row may be asked for twice.
     unsafe fn part(&self, range: Range<usize>) -> Self::Part;
 }
 
@@ -302,8 +305,7 @@ impl<'a, T> RowsMut<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), count, width, slice: PhantomData }
     }
 
-    /// Blocks of `len` elements, of which the last may be shorter: for ops that keep a partial result for each block
-    /// of rows. `len` is not 0.
+    /// Blocks of `len` elements, not 0, of which the last may be shorter: for ops with a partial result for each block.
     pub(crate) fn blocks(slice: &'a mut [T], len: usize) -> Self {
         let count = slice.len().div_ceil(len);
         Self { start: slice.as_mut_ptr(), len: slice.len(), count, width: len, slice: PhantomData }
@@ -323,9 +325,9 @@ impl<'a, T: Send> Rows for RowsMut<'a, T> {
 
     unsafe fn part(&self, range: Range<usize>) -> Self::Part {
         assert!(range.start <= range.end && range.end <= self.count);
-        let (start, end) = ((range.start * self.width).min(self.len), (range.end * self.width).min(self.len));
-        // SAFETY: start ≤ end ≤ len, the length of the slice borrowed for 'a, which outlives `self`; ranges of rows
-        // that are disjoint give disjoint elements, and the caller promises that no other living part shares a row.
+        let [start, end] = [range.start, range.end].map(|row| (row * self.width).min(self.len));
+        // SAFETY: start ≤ end ≤ len, the length of the slice that was borrowed for 'a, and the caller promises that no
+        // other part shares a row, and so an element, with it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
     }
 }
