@@ -1,3 +1,4 @@
 //! mupscale
 pub mod error;
+pub mod rng;
 pub use error::{Error, Result};

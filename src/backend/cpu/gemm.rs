@@ -8,7 +8,7 @@
 
 use std::{marker::PhantomData, ops::Range};
 
-use super::parallel::Pool;
+use super::{math::Real, parallel::Pool};
 
 /// Multiply-adds in a tile that one thread takes some 80 µs for: less is not worth handing out.
 const TILE_WORK: usize = 3 << 21;
@@ -20,18 +20,6 @@ const DEPTH: usize = 512;
 /// More tiles than this are not made: larger tiles run nearer to the machine's peak.
 const TILES: usize = 8;
 
-/// Element types of a product.
-pub(crate) trait Element: bytemuck::Pod + PartialEq + Send + Sync {
-    /// 1.
-    const ONE: Self;
-}
-impl Element for f32 {
-    const ONE: Self = 1.0;
-}
-impl Element for f64 {
-    const ONE: Self = 1.0;
-}
-
 /// A matrix: its elements, and the distances in elements between neighbours in a column and in a row.
 pub(crate) type Matrix<'a, F> = (&'a [F], (usize, usize));
 /// The same, to be written.
@@ -41,7 +29,7 @@ pub(crate) type MatrixMut<'a, F> = (&'a mut [F], (usize, usize));
 ///
 /// # Panics
 /// When a slice is shorter than its shape and strides say, or C's strides let two elements fall together.
-pub(crate) fn gemm<F: Element>(
+pub(crate) fn gemm<F: Real>(
     shape: (usize, usize, usize),
     alpha: F,
     a: Matrix<F>,
@@ -55,7 +43,7 @@ pub(crate) fn gemm<F: Element>(
 }
 
 /// [`gemm`] on all threads of the pool.
-pub(crate) fn gemm_on<F: Element>(
+pub(crate) fn gemm_on<F: Real>(
     pool: &Pool,
     shape: (usize, usize, usize),
     alpha: F,
@@ -104,9 +92,9 @@ struct Product<'a, F> {
 
 // SAFETY: all that a shared product allows is `tile`, whose contract keeps threads to elements of their own; A and B
 // are shared slices of plain numbers.
-unsafe impl<F: Element> Sync for Product<'_, F> {}
+unsafe impl<F: Real> Sync for Product<'_, F> {}
 
-impl<'a, F: Element> Product<'a, F> {
+impl<'a, F: Real> Product<'a, F> {
     fn new(
         (m, n, k): (usize, usize, usize),
         alpha: F,
@@ -161,7 +149,7 @@ impl<'a, F: Element> Product<'a, F> {
                 self.c.add(at(rows.start, columns.start, c_strides)),
                 c_strides.1 as isize,
                 c_strides.0 as isize,
-                beta != F::zeroed(),
+                beta != F::ZERO,
                 a.as_ptr().wrapping_add(at(rows.start, depth.start, a_strides)),
                 a_strides.1 as isize,
                 a_strides.0 as isize,
@@ -194,7 +182,7 @@ mod tests {
     use super::*;
 
     /// Numbers in -0.5 .. 0.5 that look random.
-    fn numbers<F: Element>(len: usize, seed: u32, from: fn(f64) -> F) -> Vec<F> {
+    fn numbers<F: Real>(len: usize, seed: u32, from: fn(f64) -> F) -> Vec<F> {
         let mut x = seed;
         let mut next = || {
             x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -204,7 +192,7 @@ mod tests {
     }
 
     /// All shapes, layouts and scalars against the definition in f64; `epsilon` is the type's.
-    fn against_definition<F: Element + Into<f64>>(from: fn(f64) -> F, epsilon: f64) {
+    fn against_definition<F: Real + Into<f64>>(from: fn(f64) -> F, epsilon: f64) {
         let pool = Pool::new(2).unwrap();
         let shapes = [(1, 1, 1), (1, 33, 7), (17, 1, 65), (5, 3, 2), (33, 47, 1), (31, 65, 129), (130, 70, 600)];
         for ((m, n, k), layout) in shapes.into_iter().flat_map(|s| (0..8).map(move |l| (s, l))) {
