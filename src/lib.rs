@@ -2,6 +2,7 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod comm;
+pub mod commands;
 pub mod config;
 pub mod data;
 pub mod dims;

@@ -161,7 +161,8 @@ pub fn shown(show: Show) -> impl FnMut(tokenize::Progress) + Send {
 fn tokenize(args: TokenizeArgs) -> Result<()> {
     let corpus = Corpus::open(&args.text, &args.field)?;
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
-    let options = TokenizeOptions { val_fraction: args.val_fraction, shard_tokens: args.shard_tokens, force: args.force };
+    let options =
+        TokenizeOptions { val_fraction: args.val_fraction, shard_tokens: args.shard_tokens, force: args.force };
     let info = tokenize::tokenize(&corpus, &tokenizer, &args.out, &options, &mut shown(show(args.json)))?;
     if args.json {
         return print_json(&info);
@@ -212,8 +213,12 @@ fn synth(args: SynthArgs) -> Result<()> {
     let stats = Synth::new(args.seed).write_corpus(&mut out, args.first, args.bytes, format);
     let stats = stats.and_then(|stats| out.flush().map(|()| stats)).map_err(Error::io("write", &args.out))?;
     let nats: f64 = stats.document_nats.iter().sum();
-    let written =
-        Written { documents: stats.document_nats.len(), bytes: stats.bytes, nats, nats_per_byte: nats / stats.bytes as f64 };
+    let written = Written {
+        documents: stats.document_nats.len(),
+        bytes: stats.bytes,
+        nats,
+        nats_per_byte: nats / stats.bytes as f64,
+    };
     if args.json {
         return print_json(&written);
     }

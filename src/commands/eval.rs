@@ -5,7 +5,11 @@ use crate::{
     DType, Error, Result,
     backend::cpu::Cpu,
     config::Device,
-    data::{Dataset, RowData, TokenData, Tokenizer, dataset::{BatchRules, DATASET_FILE, DatasetOptions}, text::Corpus},
+    data::{
+        Dataset, RowData, TokenData, Tokenizer,
+        dataset::{BatchRules, DATASET_FILE, DatasetOptions},
+        text::Corpus,
+    },
     feed::{RowSamples, Samples, TokenSamples},
     model::{MicroBatch, spec::Spec},
     ops::Ops,
@@ -84,7 +88,10 @@ fn evaluate<B: Ops>(backend: B, origin: &Origin, args: &Args) -> Result<Evaluati
         Spec::Mlp(m) => {
             let rows = RowData::read_csv(&args.data, args.label_column.as_deref())?;
             if rows.inputs != m.inputs || rows.classes > m.classes {
-                let why = format!("has {} inputs and {} classes; the model has {} and {}", rows.inputs, rows.classes, m.inputs, m.classes);
+                let why = format!(
+                    "has {} inputs and {} classes; the model has {} and {}",
+                    rows.inputs, rows.classes, m.inputs, m.classes
+                );
                 return Err(Error::file(&args.data, why));
             }
             let dtype = backend.compute();
@@ -124,7 +131,9 @@ fn text_tokens(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<Token
         tokens.extend(tokenizer.end_of_text());
     }
     if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
-        let why = format!("token {token} is not in the model's vocabulary of {vocab}: use the tokenizer that it was trained with");
+        let why = format!(
+            "token {token} is not in the model's vocabulary of {vocab}: use the tokenizer that it was trained with"
+        );
         return Err(Error::file(path, why));
     }
     Ok(TokenData::from_tokens(tokens))

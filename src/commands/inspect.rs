@@ -3,7 +3,10 @@
 use super::print_json;
 use crate::{
     Result,
-    model::{self, param::{Init, Row, Table}},
+    model::{
+        self,
+        param::{Init, Row, Table},
+    },
     mup::Ratios,
     optim,
     report::{human, table},
@@ -68,7 +71,11 @@ pub fn run(args: Args) -> Result<()> {
         (origin.meaning.clone(), Some(origin.progress.position))
     };
     let report = describe(meaning, position);
-    if args.json { print_json(&report) } else { Ok(print(&report)) }
+    if args.json {
+        return print_json(&report);
+    }
+    print(&report);
+    Ok(())
 }
 
 fn describe(meaning: Meaning, position: Option<Position>) -> Report {

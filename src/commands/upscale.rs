@@ -125,12 +125,23 @@ pub fn run(args: Args) -> Result<()> {
         return print_json(&outcome);
     }
     let (from, to) = (human::count(outcome.narrow_parameters as f64), human::count(outcome.parameters as f64));
-    println!("{from} → {to} parameters ({}) in {}; {}", outcome.shape, human::seconds(outcome.seconds), outcome.checkpoint.display());
+    println!(
+        "{from} → {to} parameters ({}) in {}; {}",
+        outcome.shape,
+        human::seconds(outcome.seconds),
+        outcome.checkpoint.display()
+    );
     Ok(())
 }
 
 /// Widens into a state on the CPU, by the code that `train` uses, and writes that.
-fn write<F: Real>(backend: &Cpu<F>, origin: &Origin, growth: &Growth, moments: Moments, mut writer: Writer) -> Result<Meaning>
+fn write<F: Real>(
+    backend: &Cpu<F>,
+    origin: &Origin,
+    growth: &Growth,
+    moments: Moments,
+    mut writer: Writer,
+) -> Result<Meaning>
 where
     Cpu<F>: crate::ops::Ops,
 {

@@ -2,7 +2,7 @@
 
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::simd, parallel::RowsMut},
+    cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},
 };
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +42,7 @@ impl<F: Real> Activate for Cpu<F> {
         assert_eq!(y.len(), x.len());
         self.pool().for_rows(RowsMut::blocks(y.into_slice::<F>(), BLOCK), 1, |block, y| {
             let x = &x[block.start * BLOCK..][..y.len()];
-            simd(|| match kind {
+            vectorize!(match kind {
                 Activation::GeluTanh => map(y, x, gelu_tanh),
                 Activation::GeluExact => map(y, x, gelu_exact),
                 Activation::Relu => map(y, x, relu),
@@ -55,9 +55,9 @@ impl<F: Real> Activate for Cpu<F> {
         assert_eq!(d.len(), x.len());
         self.pool().for_rows(RowsMut::blocks(d.into_slice::<F>(), BLOCK), 1, |block, d| {
             let x = &x[block.start * BLOCK..][..d.len()];
-            simd(|| match kind {
+            vectorize!(match kind {
                 Activation::GeluTanh => multiply(d, x, gelu_tanh_slope),
-                Activation::GeluExact => multiply(d, x, gelu_exact_slope),
+                Activation::GeluExact => gelu_exact_backward(d, x),
                 Activation::Relu => multiply(d, x, relu_slope),
             });
         });
@@ -69,7 +69,7 @@ impl<F: Real> Activate for Cpu<F> {
         let rows = rows_per_task(ffn);
         self.pool().for_rows(RowsMut::new(y.into_slice::<F>(), ffn), rows, |range, y| {
             let gate_up = &gate_up[2 * range.start * ffn..2 * range.end * ffn];
-            simd(|| {
+            vectorize!({
                 for (y, gate_up) in y.chunks_exact_mut(ffn).zip(gate_up.chunks_exact(2 * ffn)) {
                     let (gate, up) = gate_up.split_at(ffn);
                     for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
@@ -88,7 +88,12 @@ impl<F: Real> Activate for Cpu<F> {
             let dy = &dy[range.start * ffn..range.end * ffn];
             let gate_up = &gate_up[2 * range.start * ffn..2 * range.end * ffn];
             let rows = dgate_up.chunks_exact_mut(2 * ffn).zip(dy.chunks_exact(ffn)).zip(gate_up.chunks_exact(2 * ffn));
-            simd(|| rows.for_each(|((d, dy), gate_up)| gate_backward_row(d, dy, gate_up)));
+            vectorize!({
+                for ((d, dy), gate_up) in rows {
+                    let ((dgate, dup), (gate, up)) = (d.split_at_mut(ffn), gate_up.split_at(ffn));
+                    gate_backward_row(dgate, dup, dy, gate, up);
+                }
+            });
         });
     }
 }
@@ -114,9 +119,7 @@ fn multiply<F: Real>(d: &mut [F], x: &[F], slope: impl Fn(F) -> F) {
 
 /// silu(g) · u has the slopes σ(g) (1 + g (1 − σ(g))) · u by g and silu(g) by u.
 #[inline(always)]
-fn gate_backward_row<F: Real>(d: &mut [F], dy: &[F], gate_up: &[F]) {
-    let (dgate, dup) = d.split_at_mut(dy.len());
-    let (gate, up) = gate_up.split_at(dy.len());
+fn gate_backward_row<F: Real>(dgate: &mut [F], dup: &mut [F], dy: &[F], gate: &[F], up: &[F]) {
     for ((((dg, du), &dy), &g), &u) in dgate.iter_mut().zip(dup).zip(dy).zip(gate).zip(up) {
         let s = sigmoid(g);
         *dg = dy * u * s * (F::ONE + g * (F::ONE - s));
@@ -156,10 +159,17 @@ fn gelu_exact<F: Real>(x: F) -> F {
     x * normal_distribution(x)
 }
 
+/// The slope is Φ(x) + x φ(x). In two loops: the compiler makes no vector code of one that has both erf and exp.
 #[inline(always)]
-fn gelu_exact_slope<F: Real>(x: F) -> F {
+fn gelu_exact_backward<F: Real>(d: &mut [F], x: &[F]) {
     const INVERSE_ROOT_TWO_PI: f64 = 0.398_942_280_401_432_7;
-    normal_distribution(x) + x * F::from_f64(INVERSE_ROOT_TWO_PI) * (F::from_f64(-0.5) * x * x).exp()
+    let mut distribution = [F::ZERO; 256];
+    for (d, x) in d.chunks_mut(256).zip(x.chunks(256)) {
+        map(&mut distribution, x, normal_distribution);
+        for ((d, &x), &p) in d.iter_mut().zip(x).zip(&distribution) {
+            *d *= p + x * F::from_f64(INVERSE_ROOT_TWO_PI) * (F::from_f64(-0.5) * x * x).exp();
+        }
+    }
 }
 
 /// Written so that NaN stays NaN.

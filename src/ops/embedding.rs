@@ -2,7 +2,7 @@
 
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::simd, parallel::RowsMut},
+    cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},
 };
 
 /// Sizes of an embedding.
@@ -74,9 +74,9 @@ impl<F: Real> Embedding for Cpu<F> {
                 match positions {
                     Some(positions) => {
                         let position = &positions[(start + r % sequence) * width..][..width];
-                        simd(|| x.iter_mut().zip(word).zip(position).for_each(|((x, &w), &p)| *x = scale * w + p));
+                        vectorize!(x.iter_mut().zip(word).zip(position).for_each(|((x, &w), &p)| *x = scale * w + p));
                     }
-                    None => simd(|| x.iter_mut().zip(word).for_each(|(x, &w)| *x = scale * w)),
+                    None => vectorize!(x.iter_mut().zip(word).for_each(|(x, &w)| *x = scale * w)),
                 }
             }
         });
@@ -104,7 +104,7 @@ impl<F: Real> Embedding for Cpu<F> {
             for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
                 if range.contains(&(token as usize)) {
                     let sum = &mut dweight[(token as usize - range.start) * width..][..width];
-                    simd(|| sum.iter_mut().zip(dx).for_each(|(s, &d)| *s += scale * d));
+                    vectorize!(sum.iter_mut().zip(dx).for_each(|(s, &d)| *s += scale * d));
                 }
             }
         });
@@ -114,7 +114,7 @@ impl<F: Real> Embedding for Cpu<F> {
             dpositions.fill(F::ZERO);
             for (position, sum) in range.zip(dpositions.chunks_exact_mut(width)).filter(|(p, _)| *p < sequence) {
                 for dx in dx.chunks_exact(width).skip(position).step_by(sequence) {
-                    simd(|| sum.iter_mut().zip(dx).for_each(|(s, &d)| *s += d));
+                    vectorize!(sum.iter_mut().zip(dx).for_each(|(s, &d)| *s += d));
                 }
             }
         });

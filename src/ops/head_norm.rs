@@ -5,7 +5,7 @@ use crate::backend::{
     Backend, Mut, Ref,
     cpu::{
         Cpu, Real,
-        math::{dot, simd},
+        math::{dot, vectorize},
         parallel::{RowsMut, scratch},
     },
 };
@@ -63,7 +63,7 @@ impl<F: Real> HeadNorm for Cpu<F> {
         self.pool().for_rows((out, statistics), BLOCK, |range, (out, statistics)| {
             let qkv = &qkv[range.start * width..range.end * width];
             let rows = out.chunks_exact_mut(width).zip(qkv.chunks_exact(width));
-            simd(|| {
+            vectorize!({
                 for ((out, qkv), statistics) in rows.zip(statistics.chunks_exact_mut(normed / size)) {
                     out[normed..].copy_from_slice(&qkv[normed..]);
                     let heads = out.chunks_exact_mut(size).zip(qkv.chunks_exact(size)).zip(statistics);
@@ -102,7 +102,7 @@ impl<F: Real> HeadNorm for Cpu<F> {
                 let (dq_gain, dk_gain) = partial.split_at_mut(size);
                 dq_gain.fill(F::ZERO);
                 dk_gain.fill(F::ZERO);
-                simd(|| {
+                vectorize!({
                     for ((d, qkv), statistics) in d.chunks_exact_mut(width).zip(qkv).zip(statistics) {
                         let (dq, dk) = d[..normed].split_at_mut(shape.queries());
                         let (q, k) = qkv[..normed].split_at(shape.queries());

@@ -5,7 +5,7 @@ use crate::backend::{
     cpu::{
         Cpu, Real,
         gemm::{gemm, gemm_on},
-        math::simd,
+        math::vectorize,
         parallel::RowsMut,
     },
 };
@@ -82,7 +82,7 @@ impl<F: Real> Linear for Cpu<F> {
             let (x, weight) = ((x, (inputs, 1)), (weight, (1, inputs)));
             gemm((range.len(), outputs, inputs), F::ONE, x, weight, F::ZERO, (y, (outputs, 1)));
             if let Some(bias) = bias {
-                simd(|| {
+                vectorize!({
                     for y in y.chunks_exact_mut(outputs) {
                         y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
                     }
@@ -116,7 +116,7 @@ impl<F: Real> Linear for Cpu<F> {
             dbias.fill(F::ZERO);
             self.pool().add_sums(rows.div_ceil(BLOCK), dbias, |block, sums| {
                 let dy = &dy[block * BLOCK * outputs..dy.len().min((block + 1) * BLOCK * outputs)];
-                simd(|| {
+                vectorize!({
                     for dy in dy.chunks_exact(outputs) {
                         sums.iter_mut().zip(dy).for_each(|(s, &d)| *s += d);
                     }

@@ -3,7 +3,7 @@
 use super::attention::HeadShape;
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::simd, parallel::RowsMut},
+    cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},
 };
 
 /// RoPE.
@@ -43,7 +43,7 @@ impl<F: Real> Rotary for Cpu<F> {
         assert!(qkv.len() == rows * width && size.is_multiple_of(2));
         let sign = if backward { -F::ONE } else { F::ONE };
         self.pool().for_rows(RowsMut::new(qkv.into_slice::<F>(), width), (TASK / width).max(1), |range, qkv| {
-            simd(|| {
+            vectorize!({
                 for (r, row) in range.zip(qkv.chunks_exact_mut(width)) {
                     let angles = &table[(start + r % sequence) * size..][..size];
                     row[..rotated].chunks_exact_mut(size).for_each(|head| turn(head, angles, sign));

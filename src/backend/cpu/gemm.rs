@@ -149,7 +149,7 @@ impl<'a, F: Real> Product<'a, F> {
                 self.c.add(at(rows.start, columns.start, c_strides)),
                 c_strides.1 as isize,
                 c_strides.0 as isize,
-                beta != F::zeroed(),
+                beta != F::ZERO,
                 a.as_ptr().wrapping_add(at(rows.start, depth.start, a_strides)),
                 a_strides.1 as isize,
                 a_strides.0 as isize,

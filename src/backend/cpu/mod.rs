@@ -13,6 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
 };
 
 pub(crate) mod gemm;
@@ -33,9 +34,9 @@ pub struct Cpu<F> {
 impl<F: Real> Cpu<F> {
     /// A CPU backend with this many threads; 0 means one for each core this process may use.
     pub fn new(threads: usize) -> Result<Self> {
-        let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
-        let pool =
-            Pool::new(threads).map_err(|e| Error::Device(format!("{threads} threads cannot be started: {e}")))?;
+        let threads = if threads == 0 { thread::available_parallelism().map_or(1, usize::from) } else { threads };
+        let pool = Pool::new(threads)
+            .map_err(|error| Error::Device(format!("{threads} threads were refused ({error}); ask for fewer")))?;
         Ok(Self { pool, allocated: Arc::default(), compute: PhantomData })
     }
 

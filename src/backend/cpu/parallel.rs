@@ -47,7 +47,7 @@ thread_local! {
 struct Line([u64; 8]);
 
 /// A pool of threads, the caller's among them.
-pub(crate) struct Pool {
+pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     /// Held through a region, so that several threads may own one pool.
@@ -305,8 +305,7 @@ impl<'a, T> RowsMut<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), count, width, slice: PhantomData }
     }
 
-    /// Blocks of `len` elements, of which the last may be shorter: for ops that keep a partial result for each block
-    /// of rows. `len` is not 0.
+    /// Blocks of `len` elements, not 0, of which the last may be shorter: for ops with a partial result for each block.
     pub(crate) fn blocks(slice: &'a mut [T], len: usize) -> Self {
         let count = slice.len().div_ceil(len);
         Self { start: slice.as_mut_ptr(), len: slice.len(), count, width: len, slice: PhantomData }
@@ -326,9 +325,9 @@ impl<'a, T: Send> Rows for RowsMut<'a, T> {
 
     unsafe fn part(&self, range: Range<usize>) -> Self::Part {
         assert!(range.start <= range.end && range.end <= self.count);
-        let (start, end) = ((range.start * self.width).min(self.len), (range.end * self.width).min(self.len));
-        // SAFETY: start ≤ end ≤ len, the length of the slice borrowed for 'a, which outlives `self`; ranges of rows
-        // that are disjoint give disjoint elements, and the caller promises that no other living part shares a row.
+        let [start, end] = [range.start, range.end].map(|row| (row * self.width).min(self.len));
+        // SAFETY: start ≤ end ≤ len, the length of the slice that was borrowed for 'a, and the caller promises that no
+        // other part shares a row, and so an element, with it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), end - start) }
     }
 }

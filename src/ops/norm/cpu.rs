@@ -5,7 +5,7 @@ use crate::backend::{
     Mut, Ref,
     cpu::{
         Cpu, Real,
-        math::{dot, simd, sum},
+        math::{dot, sum, vectorize},
         parallel::{RowsMut, scratch},
     },
 };
@@ -35,7 +35,7 @@ impl<F: Real> Norm for Cpu<F> {
         let Some(Residual { sum, branch, scale }) = residual else {
             self.pool().for_rows((y, statistics), 1, |block, (y, statistics)| {
                 let x = &x[block.start * BLOCK * shape.width..][..y.len()];
-                simd(|| normalize(y, statistics, x, gain, bias, shape));
+                vectorize!(normalize(y, statistics, x, gain, bias, shape));
             });
             return;
         };
@@ -45,7 +45,7 @@ impl<F: Real> Norm for Cpu<F> {
         self.pool().for_rows((y, statistics, sum), 1, |block, (y, statistics, sum)| {
             let start = block.start * BLOCK * shape.width;
             let (x, branch) = (&x[start..][..y.len()], &branch[start..][..y.len()]);
-            simd(|| {
+            vectorize!({
                 add_scaled(sum, x, branch, scale);
                 normalize(y, statistics, sum, gain, bias, shape);
             });
@@ -80,7 +80,7 @@ impl<F: Real> Norm for Cpu<F> {
                     gain,
                 };
                 scratch(2 * width, |rows: &mut [F]| {
-                    simd(|| backward(dx, partial, inputs, rows, shape.kind, overwrite))
+                    vectorize!(backward(dx, partial, inputs, rows, shape.kind, overwrite))
                 });
             });
             let (gains, biases) = (0..width, width..2 * width);
@@ -96,14 +96,14 @@ impl<F: Real> Norm for Cpu<F> {
         assert!(target.len() == x.len() && x.len() == branch.len());
         self.pool().for_rows(RowsMut::blocks(target.into_slice::<F>(), TASK), 1, |block, target| {
             let range = block.start * TASK..block.start * TASK + target.len();
-            simd(|| add_scaled(target, &x[range.clone()], &branch[range], scale));
+            vectorize!(add_scaled(target, &x[range.clone()], &branch[range], scale));
         });
     }
 
     fn scale(&self, x: Mut<'_, Self>, scale: f64) {
         let scale = F::from_f64(scale);
         self.pool().for_rows(RowsMut::blocks(x.into_slice::<F>(), TASK), 1, |_, x| {
-            simd(|| x.iter_mut().for_each(|x| *x *= scale));
+            vectorize!(x.iter_mut().for_each(|x| *x *= scale));
         });
     }
 }
