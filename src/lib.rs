@@ -7,6 +7,7 @@ pub mod error;
 pub mod model;
 pub mod mup;
 pub mod ops;
+pub mod report;
 pub mod rng;
 pub use dtype::DType;
 pub use error::{Error, Result};
