@@ -17,12 +17,15 @@ pub(crate) trait Float: Element {
 
 impl Float for f64 {
     type Arithmetic = f64;
+    #[inline(always)]
     fn load(self) -> f64 {
         self
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         value
     }
+    #[inline(always)]
     fn round(value: f64) -> Self {
         value
     }
@@ -30,12 +33,15 @@ impl Float for f64 {
 
 impl Float for f32 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self)
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         value as f32
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         value
     }
@@ -43,12 +49,15 @@ impl Float for f32 {
 
 impl Float for bf16 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self.to_f32())
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         Self::from_f32(to_odd(value))
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
     }
@@ -56,12 +65,15 @@ impl Float for bf16 {
 
 impl Float for f16 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self.to_f32())
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         Self::from_f32(to_odd(value))
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
     }
