@@ -1,2 +1,5 @@
 //! The `mupscale` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    mupscale::commands::main()
+}

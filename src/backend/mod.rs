@@ -122,6 +122,16 @@ impl<B: Backend> Tensor<B> {
         Ok(Self { _memory: memory, address, len, dtype })
     }
 
+    /// A tensor with these contents; waits until they are there.
+    pub fn from_bytes(backend: &B, dtype: DType, bytes: &[u8]) -> Result<Self> {
+        let mut tensor = Self::new(backend, dtype, bytes.len() / dtype.size())?;
+        let mut host = backend.host(bytes.len())?;
+        host.bytes_mut().copy_from_slice(bytes);
+        backend.upload(Stream::Compute, &host, 0..bytes.len(), tensor.view_mut());
+        backend.synchronize(&backend.record(Stream::Compute))?;
+        Ok(tensor)
+    }
+
     /// Cuts one allocation into tensors, each on its own [`ALIGNMENT`] border.
     pub fn carve(backend: &B, parts: &[(DType, usize)]) -> Result<Vec<Self>> {
         let total = parts.iter().map(|&(dtype, len)| aligned(len * dtype.size())).sum();

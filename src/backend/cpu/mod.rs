@@ -13,15 +13,16 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
 };
 
-pub mod gemm;
-pub mod math;
-pub mod parallel;
-pub mod stream;
+pub(crate) mod gemm;
+pub(crate) mod math;
+pub(crate) mod parallel;
+pub(crate) mod stream;
 
 pub use math::Real;
-pub use parallel::Pool;
+pub(crate) use parallel::Pool;
 
 /// The CPU with compute type `F`: activations, weights, gradients and moments are `F`, sums over micro-steps `f64`.
 pub struct Cpu<F> {
@@ -33,11 +34,14 @@ pub struct Cpu<F> {
 impl<F: Real> Cpu<F> {
     /// A CPU backend with this many threads; 0 means one for each core this process may use.
     pub fn new(threads: usize) -> Result<Self> {
-        Ok(Self { pool: Pool::new(threads)?, allocated: Arc::default(), compute: PhantomData })
+        let threads = if threads == 0 { thread::available_parallelism().map_or(1, usize::from) } else { threads };
+        let pool = Pool::new(threads)
+            .map_err(|error| Error::Device(format!("{threads} threads were refused ({error}); ask for fewer")))?;
+        Ok(Self { pool, allocated: Arc::default(), compute: PhantomData })
     }
 
     /// The threads that ops run on.
-    pub fn pool(&self) -> &Pool {
+    pub(crate) fn pool(&self) -> &Pool {
         &self.pool
     }
 }

@@ -1,5 +1,11 @@
 //! LayerNorm (arXiv 1607.06450) and RMSNorm (arXiv 1910.07467), fused with the residual add before them.
 
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+pub(super) use cpu::add_up;
+
 use crate::backend::{Backend, Mut, Ref};
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,95 @@
+//! Collectives between ranks. A rank is a process (or, in [`threads`], a thread) with its own device.
+
+pub mod threads;
+
+use crate::{
+    Result,
+    backend::{Backend, Mut, Stream},
+};
+use std::ops::Range;
+
+/// A group of ranks. All of them make the same calls in the same order.
+pub trait Comm<B: Backend>: Send {
+    /// This rank, from 0.
+    fn rank(&self) -> usize;
+    /// Number of ranks.
+    fn world(&self) -> usize;
+    /// Replaces f64 values by their sum over ranks, the same on every rank: a binary tree over ranks, halves first
+    /// (see [`halves`]), so that a power of two of ranks adds as one rank with as many micro-batches does.
+    fn all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<()>;
+    /// Whether any rank says so: how ranks agree to stop.
+    fn any(&self, flag: bool) -> Result<bool>;
+}
+
+/// A world of one rank.
+pub struct Solo;
+
+impl<B: Backend> Comm<B> for Solo {
+    fn rank(&self) -> usize {
+        0
+    }
+    fn world(&self) -> usize {
+        1
+    }
+    fn all_reduce(&self, _: &B, _: Stream, _: Mut<'_, B>) -> Result<()> {
+        Ok(())
+    }
+    fn any(&self, flag: bool) -> Result<bool> {
+        Ok(flag)
+    }
+}
+
+/// The part of `count` items that a rank takes: contiguous, sizes differ by at most one, and equal to a subtree of
+/// [`halves`] where `world` is a power of two that divides `count`.
+pub fn share(count: usize, rank: usize, world: usize) -> Range<usize> {
+    count * rank / world..count * (rank + 1) / world
+}
+
+/// The one order of addition for `count` items that arrive by index: a binary tree by halves, evaluated with a stack.
+/// Entry i is the number of times that the two topmost sums are added after item i was pushed.
+pub fn halves(count: usize) -> Vec<usize> {
+    fn visit(range: Range<usize>, merges: &mut [usize]) {
+        if range.len() > 1 {
+            let middle = range.start + range.len() / 2;
+            visit(range.start..middle, merges);
+            visit(middle..range.end, merges);
+            merges[range.end - 1] += 1;
+        }
+    }
+    let mut merges = vec![0; count];
+    visit(0..count, &mut merges);
+    merges
+}
+
+/// Sums that are on the stack at once, at most, for `count` items.
+pub fn depth(count: usize) -> usize {
+    let (mut now, mut most) = (0, 0);
+    for merges in halves(count) {
+        now += 1;
+        most = most.max(now);
+        now -= merges;
+    }
+    most
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_add_everything_once() {
+        for count in 1..40 {
+            assert_eq!(halves(count).iter().sum::<usize>(), count - 1);
+            assert!(depth(count) <= count.ilog2() as usize + 2, "{count}");
+        }
+        assert_eq!(halves(4), [0, 1, 0, 2]);
+    }
+
+    #[test]
+    fn shares_cover_everything() {
+        for (count, world) in [(8, 4), (7, 3), (5, 5), (64, 8)] {
+            let joined: Vec<usize> = (0..world).flat_map(|rank| share(count, rank, world)).collect();
+            assert_eq!(joined, (0..count).collect::<Vec<_>>());
+        }
+    }
+}

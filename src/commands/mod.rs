@@ -1,0 +1,97 @@
+//! The command line: one file for each command, which turns arguments into calls of the library and results into text.
+//!
+//! Results go to standard output, progress and messages to standard error.
+
+mod bench;
+mod data;
+mod eval;
+mod generate;
+mod inspect;
+mod quickstart;
+mod train;
+mod upscale;
+
+use crate::{Result, report::progress::Show};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Train a small transformer, widen it exactly - weights and optimizer state -, and go on training.
+#[derive(Parser)]
+#[command(name = "mupscale", version = env!("MUPSCALE_VERSION"), propagate_version = true, max_term_width = 100)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The whole method in three minutes: corpus, tokenizer, base model, exact widening, a comparison, a picture
+    Quickstart(quickstart::Args),
+    /// Train a model as a configuration file says
+    Train(train::TrainArgs),
+    /// Go on with a run from its newest checkpoint, as if it had never stopped
+    Resume(train::ResumeArgs),
+    /// Widen a checkpoint: weights, optimizer moments, and the shape that hyperparameters follow
+    Upscale(upscale::Args),
+    /// Continue a text
+    Generate(generate::Args),
+    /// Measure a checkpoint's loss on data
+    Eval(eval::Args),
+    /// Show a checkpoint or a configuration: shape, parameters, and every tensor's axes and multipliers
+    Inspect(inspect::Args),
+    /// Make and look at training data
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Measure speed
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    match args.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+impl Args {
+    fn run(self) -> Result<()> {
+        match self.command {
+            Command::Quickstart(args) => quickstart::run(args),
+            Command::Train(args) => train::train(args),
+            Command::Resume(args) => train::resume(args),
+            Command::Upscale(args) => upscale::run(args),
+            Command::Generate(args) => generate::run(args),
+            Command::Eval(args) => eval::run(args),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Data(command) => data::run(command),
+            Command::Bench(command) => bench::run(command),
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut std::io::stdout());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Prints a value as JSON on standard output.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| crate::Error::Usage(format!("no JSON: {e}")))?;
+    println!("{text}");
+    Ok(())
+}
+
+/// How progress is shown beside a result that may be JSON.
+fn show(json: bool) -> Show {
+    Show::detect(json)
+}

@@ -1,0 +1,92 @@
+//! `train` and `resume`.
+
+use super::{print_json, show};
+use crate::{
+    Result,
+    config::{Device, OnNan},
+    report::human,
+    run::{self, Outcome},
+};
+use std::path::PathBuf;
+
+/// Options that say how to compute, not what.
+#[derive(clap::Args)]
+pub struct HowArgs {
+    /// Set any key of the configuration, for example --set optimizer.lr=0.002; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Where to compute
+    #[arg(long)]
+    device: Option<Device>,
+    /// CPU threads; 0: all cores
+    #[arg(long)]
+    threads: Option<usize>,
+    /// At a loss or gradient that is not finite: stop, with the weights before the step saved, or skip the update
+    #[arg(long)]
+    on_nan: Option<OnNan>,
+    /// Print the outcome as JSON, and no progress
+    #[arg(long)]
+    json: bool,
+}
+
+impl HowArgs {
+    /// All of them as assignments.
+    fn assignments(&self) -> Vec<String> {
+        let mut sets = self.sets.clone();
+        sets.extend(self.device.map(|d| format!("device={}", name(d))));
+        sets.extend(self.threads.map(|t| format!("threads={t}")));
+        sets.extend(self.on_nan.map(|n| format!("on_nan={}", name(n))));
+        sets
+    }
+}
+
+/// How a choice is written.
+fn name(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
+}
+
+/// Arguments of `train`.
+#[derive(clap::Args)]
+pub struct TrainArgs {
+    /// The configuration, TOML
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    /// Replace the run folder if it exists
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    how: HowArgs,
+}
+
+/// Arguments of `resume`.
+#[derive(clap::Args)]
+pub struct ResumeArgs {
+    /// The run folder
+    run: PathBuf,
+    #[command(flatten)]
+    how: HowArgs,
+}
+
+pub fn train(args: TrainArgs) -> Result<()> {
+    report(&run::train_file(&args.config, &args.how.assignments(), args.force, show(args.how.json))?, args.how.json)
+}
+
+pub fn resume(args: ResumeArgs) -> Result<()> {
+    report(&run::resume(&args.run, &args.how.assignments(), show(args.how.json))?, args.how.json)
+}
+
+fn report(outcome: &Outcome, json: bool) -> Result<()> {
+    if json {
+        return print_json(outcome);
+    }
+    let validation = outcome.validation_loss.map_or(String::new(), |loss| format!(", validation loss {loss:.4}"));
+    println!(
+        "{} steps, {} tokens in {}; loss {:.4}{validation}; {}",
+        outcome.steps,
+        human::count(outcome.tokens as f64),
+        human::seconds(outcome.seconds),
+        outcome.loss,
+        outcome.checkpoint.display()
+    );
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! Where documents come from: a UTF-8 text file, JSONL, or a folder of them.
+//!
+//! A text file holds one document, or several with `<|endoftext|>` between them (a line end directly after it belongs
+//! to it). A JSONL file holds one document a line, in a field of a JSON object. One document at a time is in memory.
+
+use super::tokenizer::END_OF_TEXT;
+use crate::error::{Error, Result};
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+};
+
+/// Names that mark a file in a folder as text; a file that is named itself may have any.
+pub const TEXT_EXTENSIONS: [&str; 32] = [
+    "txt", "text", "md", "markdown", "rst", "org", "adoc", "tex", "html", "htm", "xml", "srt", "jsonl", "ndjson", "rs",
+    "py", "c", "h", "cc", "cpp", "hpp", "cu", "js", "ts", "java", "go", "rb", "sh", "sql", "toml", "yaml", "yml",
+];
+
+/// The field of a JSONL line that holds the document, unless another is named.
+pub const DEFAULT_FIELD: &str = "text";
+
+/// Files of text, in a fixed order.
+#[derive(Debug, Clone)]
+pub struct Corpus {
+    root: PathBuf,
+    files: Vec<PathBuf>,
+    bytes: u64,
+    field: String,
+}
+
+impl Corpus {
+    /// The text in a file, or in all files of a folder and its folders that bear one of [`TEXT_EXTENSIONS`], sorted by
+    /// path; hidden files and linked folders are left out. `field` holds the text in JSONL files.
+    ///
+    /// # Errors
+    /// A path that cannot be read, and a folder without text.
+    pub fn open(path: &Path, field: &str) -> Result<Self> {
+        let mut files = Vec::new();
+        if path.is_dir() {
+            collect(path, &mut files)?;
+            files.sort();
+            if files.is_empty() {
+                let why = format!("holds no text: no file ends in one of .{}", TEXT_EXTENSIONS.join(" ."));
+                return Err(Error::file(path, why));
+            }
+        } else {
+            files.push(path.to_path_buf());
+        }
+        let mut bytes = 0;
+        for file in &files {
+            bytes += file.metadata().map_err(Error::io("read", file))?.len();
+        }
+        Ok(Self { root: path.into(), files, bytes, field: field.into() })
+    }
+
+    /// The file or folder that was opened.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Its files.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The size of all files, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The documents in order; documents without anything but white space are left out. After an error nothing follows.
+    ///
+    /// # Errors
+    /// Of each document: a file that cannot be read; invalid UTF-8 (with the byte offset in the file); a JSONL line
+    /// that is not an object with a string in the field (with the line).
+    pub fn documents(&self) -> Documents<'_> {
+        Documents { corpus: self, next_file: 0, open: None, bytes_read: 0, failed: false }
+    }
+}
+
+/// All files with a name of text under a folder.
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
+            continue;
+        }
+        if path.is_dir() {
+            // A linked folder could lead in a circle.
+            if !path.is_symlink() {
+                collect(&path, files)?;
+            }
+        } else if has_extension(&path, &TEXT_EXTENSIONS) {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|found| extensions.iter().any(|extension| found.eq_ignore_ascii_case(extension)))
+}
+
+/// The documents of a [`Corpus`].
+pub struct Documents<'a> {
+    corpus: &'a Corpus,
+    next_file: usize,
+    open: Option<OpenFile>,
+    bytes_read: u64,
+    failed: bool,
+}
+
+impl Documents<'_> {
+    /// Bytes of files read so far, of [`Corpus::bytes`].
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    fn next_document(&mut self) -> Result<Option<String>> {
+        loop {
+            if self.open.is_none() {
+                let Some(path) = self.corpus.files.get(self.next_file) else { return Ok(None) };
+                self.next_file += 1;
+                self.open = Some(OpenFile::open(path)?);
+            }
+            let Some(file) = &mut self.open else { continue };
+            let before = file.offset;
+            let document = file.next_document(&self.corpus.field)?;
+            self.bytes_read += file.offset - before;
+            match document {
+                Some(text) if text.trim().is_empty() => {}
+                Some(text) => return Ok(Some(text)),
+                None => self.open = None,
+            }
+        }
+    }
+}
+
+impl Iterator for Documents<'_> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let document = self.next_document();
+        self.failed = document.is_err();
+        document.transpose()
+    }
+}
+
+/// A file being read, a line at a time.
+struct OpenFile {
+    path: PathBuf,
+    reader: BufReader<File>,
+    /// Bytes and lines read.
+    offset: u64,
+    line: u64,
+    is_jsonl: bool,
+    /// The line of a text file that is being divided, and how far it is used.
+    current: String,
+    used: usize,
+}
+
+impl OpenFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        Ok(Self {
+            path: path.into(),
+            reader: BufReader::with_capacity(1 << 18, file),
+            offset: 0,
+            line: 0,
+            is_jsonl: has_extension(path, &["jsonl", "ndjson"]),
+            current: String::new(),
+            used: 0,
+        })
+    }
+
+    fn next_document(&mut self, field: &str) -> Result<Option<String>> {
+        if self.is_jsonl { self.next_jsonl(field) } else { self.next_text() }
+    }
+
+    fn next_text(&mut self) -> Result<Option<String>> {
+        let mut document: Option<String> = None;
+        loop {
+            if self.used == self.current.len() {
+                match self.read_line()? {
+                    Some(line) => (self.current, self.used) = (line, 0),
+                    None => return Ok(document),
+                }
+            }
+            let (text, rest) = (document.get_or_insert_default(), &self.current[self.used..]);
+            let Some((before, after)) = rest.split_once(END_OF_TEXT) else {
+                text.push_str(rest);
+                self.used = self.current.len();
+                continue;
+            };
+            text.push_str(before);
+            let after = after.strip_prefix("\r\n").or(after.strip_prefix('\n')).unwrap_or(after);
+            self.used = self.current.len() - after.len();
+            return Ok(document);
+        }
+    }
+
+    fn next_jsonl(&mut self, field: &str) -> Result<Option<String>> {
+        let line = loop {
+            match self.read_line()? {
+                None => return Ok(None),
+                Some(line) if line.trim().is_empty() => {}
+                Some(line) => break line,
+            }
+        };
+        let refuse = |why: String| Error::file(&self.path, format!("line {}: {why}", self.line));
+        let mut object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&line).map_err(|e| refuse(format!("is not a JSON object: {e}")))?;
+        match object.remove(field) {
+            Some(serde_json::Value::String(text)) => Ok(Some(text)),
+            Some(other) => {
+                Err(refuse(format!("the field `{field}` is not a string but {}", shortened(&other.to_string()))))
+            }
+            None => {
+                let names = object.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+                Err(refuse(format!("has no field `{field}`; its fields are {names}: name the one with the text")))
+            }
+        }
+    }
+
+    /// The next line with its end, checked to be UTF-8; without the byte order mark that some editors put first.
+    fn read_line(&mut self) -> Result<Option<String>> {
+        let mut bytes = Vec::new();
+        let read = self.reader.read_until(b'\n', &mut bytes).map_err(Error::io("read", &self.path))?;
+        if read == 0 {
+            return Ok(None);
+        }
+        let start = self.offset;
+        self.offset += read as u64;
+        self.line += 1;
+        let line = String::from_utf8(bytes).map_err(|e| self.invalid_utf8(start, &e))?;
+        Ok(Some(match line.strip_prefix('\u{feff}') {
+            Some(rest) if start == 0 => rest.to_owned(),
+            _ => line,
+        }))
+    }
+
+    fn invalid_utf8(&self, start: u64, error: &std::string::FromUtf8Error) -> Error {
+        let at = error.utf8_error().valid_up_to();
+        let advice = if has_extension(&self.path, &["gz", "zst", "xz", "bz2", "zip", "parquet", "bin", "npy"]) {
+            "it is not a text file: unpack or convert it first"
+        } else {
+            "convert the file to UTF-8, for example with iconv"
+        };
+        Error::file(
+            &self.path,
+            format!("invalid UTF-8 at byte {} (0x{:02x}): {advice}", start + at as u64, error.as_bytes()[at]),
+        )
+    }
+}
+
+/// At most 60 characters, for messages.
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,72 @@
+//! Memory, planned by name before the first step: reserve, print, then commit to one allocation.
+
+use crate::{
+    DType, Result,
+    backend::{Backend, Tensor, aligned},
+};
+use std::fmt;
+
+/// Tensors to come, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    entries: Vec<(String, DType, usize)>,
+}
+
+/// A reserved tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot(usize);
+
+impl Plan {
+    /// Reserves `len` elements.
+    pub fn reserve(&mut self, name: impl Into<String>, dtype: DType, len: usize) -> Slot {
+        self.entries.push((name.into(), dtype, len));
+        Slot(self.entries.len() - 1)
+    }
+
+    /// Bytes of all tensors, borders counted.
+    pub fn bytes(&self) -> usize {
+        self.entries.iter().map(|(_, dtype, len)| aligned(dtype.size() * len)).sum()
+    }
+
+    /// Allocates everything at once.
+    pub fn commit<B: Backend>(&self, backend: &B) -> Result<Planned<B>> {
+        let parts: Vec<_> = self.entries.iter().map(|&(_, dtype, len)| (dtype, len)).collect();
+        Ok(Planned(Tensor::carve(backend, &parts)?.into_iter().map(Some).collect()))
+    }
+}
+
+/// One line for each name; names that differ only in a number (the blocks) share one.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lines: Vec<(String, usize, usize)> = Vec::new();
+        for (name, dtype, len) in &self.entries {
+            let general: String =
+                name.split('.').map(|p| if p.parse::<u32>().is_ok() { "*" } else { p }).collect::<Vec<_>>().join(".");
+            let bytes = aligned(dtype.size() * len);
+            match lines.iter_mut().find(|l| l.0 == general) {
+                Some(line) => (line.1, line.2) = (line.1 + 1, line.2 + bytes),
+                None => lines.push((general, 1, bytes)),
+            }
+        }
+        for (name, count, bytes) in lines {
+            let times = if count > 1 { format!("  ({count})") } else { String::new() };
+            writeln!(f, "  {:>10}  {name}{times}", mebibytes(bytes))?;
+        }
+        write!(f, "  {:>10}  in all", mebibytes(self.bytes()))
+    }
+}
+
+/// Bytes as MiB, for people.
+pub fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+}
+
+/// The tensors of a committed plan, to be taken once each.
+pub struct Planned<B: Backend>(Vec<Option<Tensor<B>>>);
+
+impl<B: Backend> Planned<B> {
+    /// Takes the tensor of a slot; each slot belongs to one owner.
+    pub fn take(&mut self, slot: Slot) -> Tensor<B> {
+        self.0[slot.0].take().expect("a slot is taken once")
+    }
+}

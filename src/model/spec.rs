@@ -1,0 +1,241 @@
+//! What a model is: everything that fixes its function apart from the weights. Stored in checkpoints.
+
+use crate::{
+    Error, Result,
+    dims::{Dims, MAX_SIZE, Width},
+    mup::Parametrization,
+    ops::{activation::Activation, norm::NormKind},
+};
+use serde::{Deserialize, Serialize};
+
+/// An architecture at a shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "lowercase")]
+pub enum Spec {
+    /// A decoder-only transformer: gpt2 and llama are two choices of its parts.
+    Decoder(DecoderSpec),
+    /// A classifier on rows of numbers.
+    Mlp(MlpSpec),
+}
+
+/// How a decoder knows where a token stands.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Positions {
+    /// An embedding for each position.
+    Learned,
+    /// Rotary position embedding.
+    Rope {
+        /// θ: the slowest frequency is about 1 / θ.
+        base: f64,
+        /// Head size whose frequencies are used. Widening the head keeps it: frequency i of a head of size e is that of
+        /// index i / (e / dim).
+        dim: usize,
+    },
+}
+
+/// The MLP of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum FeedForward {
+    /// down(f(up(x))).
+    Plain {
+        /// f.
+        activation: Activation,
+    },
+    /// SwiGLU: down(silu(gate(x)) · up(x)).
+    Gated,
+}
+
+/// Fixed factors in the forward pass: μP's tunable α, Granite's multipliers. 1 unless chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Alphas {
+    /// On token embeddings.
+    pub embedding: f64,
+    /// On what each block's attention and MLP add to the residual stream.
+    pub residual: f64,
+    /// On attention scores.
+    pub attention: f64,
+    /// On logits.
+    pub logits: f64,
+}
+
+impl Default for Alphas {
+    fn default() -> Self {
+        Self { embedding: 1.0, residual: 1.0, attention: 1.0, logits: 1.0 }
+    }
+}
+
+/// A decoder-only transformer with pre-norm blocks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecoderSpec {
+    /// The name that the user chose: `gpt2` or `llama`.
+    pub arch: String,
+    /// Widths: residual, ffn, kv_heads, group, head_dim.
+    pub dims: Dims,
+    /// Blocks.
+    pub layers: usize,
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// Longest sequence.
+    pub context: usize,
+    /// Norm of blocks and of the end.
+    pub norm: NormKind,
+    /// Whether norms have a bias.
+    pub norm_bias: bool,
+    /// Added to variances.
+    pub norm_eps: f64,
+    /// How positions enter.
+    pub positions: Positions,
+    /// The blocks' MLP.
+    pub feed_forward: FeedForward,
+    /// Whether Q, K and V have biases.
+    pub qkv_bias: bool,
+    /// Whether attention's output and the MLP have biases.
+    pub bias: bool,
+    /// Whether query and key heads are normalised (Qwen3).
+    pub qk_norm: bool,
+    /// Whether the readout is the token embedding.
+    pub tied: bool,
+    /// Standard deviation of initial matrices and embeddings, at the base shape.
+    pub init_std: f64,
+    /// Forward factors.
+    pub alphas: Alphas,
+}
+
+/// A multilayer perceptron: input, hidden layers with ReLU, readout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MlpSpec {
+    /// Widths: hidden_1, hidden_2, …
+    pub dims: Dims,
+    /// Numbers of a row.
+    pub inputs: usize,
+    /// Classes.
+    pub classes: usize,
+    /// Whether layers have biases.
+    pub bias: bool,
+    /// Factor on initial standard deviations, which are √(2 / inputs) of a layer at the base shape (He, arXiv
+    /// 1502.01852).
+    pub init_gain: f64,
+    /// Forward factor on logits.
+    pub logits: f64,
+}
+
+impl Spec {
+    /// The widths.
+    pub fn dims(&self) -> &Dims {
+        match self {
+            Self::Decoder(d) => &d.dims,
+            Self::Mlp(m) => &m.dims,
+        }
+    }
+
+    /// The same model at other widths.
+    pub fn with_dims(&self, dims: Dims) -> Self {
+        let mut spec = self.clone();
+        match &mut spec {
+            Self::Decoder(d) => d.dims = dims,
+            Self::Mlp(m) => m.dims = dims,
+        }
+        spec
+    }
+
+    /// Name of the architecture: `gpt2`, `llama` or `mlp`.
+    pub fn arch(&self) -> &str {
+        match self {
+            Self::Decoder(d) => &d.arch,
+            Self::Mlp(_) => "mlp",
+        }
+    }
+
+    /// Classes of the readout: the vocabulary, or an mlp's classes.
+    pub fn classes(&self) -> usize {
+        match self {
+            Self::Decoder(d) => d.vocab,
+            Self::Mlp(m) => m.classes,
+        }
+    }
+
+    /// Positions of one sample that bear a loss: the context, or 1.
+    pub fn context(&self) -> usize {
+        match self {
+            Self::Decoder(d) => d.context,
+            Self::Mlp(_) => 1,
+        }
+    }
+
+    /// Refuses impossible shapes; the error names the field under `model`.
+    pub fn check(&self) -> Result<()> {
+        for (width, size) in self.dims().iter() {
+            size_of(&width.to_string(), size)?;
+        }
+        match self {
+            Self::Decoder(d) => d.check(),
+            Self::Mlp(m) => {
+                size_of("inputs", m.inputs)?;
+                size_of("classes", m.classes)
+            }
+        }
+    }
+}
+
+fn size_of(field: &str, size: usize) -> Result<()> {
+    if size == 0 || size > MAX_SIZE {
+        return Err(Error::config(format!("model.{field}"), size, format!("must be between 1 and {MAX_SIZE}")));
+    }
+    Ok(())
+}
+
+impl DecoderSpec {
+    fn check(&self) -> Result<()> {
+        for (field, size) in [("layers", self.layers), ("vocab", self.vocab), ("context", self.context)] {
+            size_of(field, size)?;
+        }
+        if let Positions::Rope { dim, .. } = self.positions {
+            let e = self.dims.get(Width::HeadDim);
+            if !e.is_multiple_of(2) {
+                return Err(Error::config("model.head_dim", e, "RoPE turns pairs: the head size must be even"));
+            }
+            if dim == 0 || !dim.is_multiple_of(2) || !e.is_multiple_of(dim) {
+                let why = format!("must be even and divide head_dim, which is {e}");
+                return Err(Error::config("model.rope_dim", dim, why));
+            }
+        }
+        if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
+            return Err(Error::config("model.norm_eps", self.norm_eps, "must lie between 0 and 1, usually 1e-5"));
+        }
+        Ok(())
+    }
+}
+
+/// A shape and what its hyperparameters are relative to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scaling {
+    /// Which rule.
+    pub kind: Parametrization,
+    /// The base shape: the one at which learning rate and initial values mean what the config says.
+    pub base: Dims,
+}
+
+impl Scaling {
+    /// The shape to which ratios are taken for a model of this shape: the base, or, in standard parametrisation, the
+    /// shape itself.
+    pub fn reference<'a>(&'a self, dims: &'a Dims) -> &'a Dims {
+        match self.kind {
+            Parametrization::Mup => &self.base,
+            Parametrization::Standard => dims,
+        }
+    }
+
+    /// Whether the readout has a forward multiplier ∝ 1 / width.
+    pub fn scaled_readout(&self) -> bool {
+        self.kind == Parametrization::Mup
+    }
+
+    /// √e_base / e, the factor on attention scores: 1/√e at the base shape.
+    pub fn attention(&self, dims: &Dims) -> f64 {
+        let e = dims.get(Width::HeadDim) as f64;
+        (self.reference(dims).get(Width::HeadDim) as f64).sqrt() / e
+    }
+}

@@ -1,0 +1,18 @@
+//! What a person and a script see of a run; knows no device and no model.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`metrics`] | `metrics.jsonl`: one [`metrics::Record`] a line, the source of every later picture or table |
+//! | [`progress`] | bars on a terminal, plain lines elsewhere, on standard error |
+//! | [`chart`] | line charts as one self-contained SVG (`axis` holds its scales and ticks) |
+//! | [`table`] | text tables with aligned columns |
+//! | [`human`] | numbers for people: bytes, counts, durations, rates |
+//!
+//! Standard output is for results, standard error for progress.
+
+mod axis;
+pub mod chart;
+pub mod human;
+pub mod metrics;
+pub mod progress;
+pub mod table;

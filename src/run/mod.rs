@@ -1,0 +1,66 @@
+//! Runs: from a configuration to a trained model in a run folder.
+//!
+//! ```text
+//! RUN/config.toml              the resolved configuration
+//! RUN/metrics.jsonl            one line for each step and each validation
+//! RUN/log.txt                  what was printed
+//! RUN/checkpoints/step-…/      checkpoints
+//! ```
+
+mod model;
+mod prepare;
+mod session;
+
+pub use model::{Evaluation, Model, tokenizer};
+pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
+pub use session::{Outcome, train};
+
+use crate::{
+    Error, Result,
+    backend::cpu::Cpu,
+    config::{Device, Precision},
+    report::progress::Show,
+};
+use std::path::{Path, PathBuf};
+
+/// File names in a run folder.
+pub const CONFIG_FILE: &str = "config.toml";
+/// The log.
+pub const LOG_FILE: &str = "log.txt";
+
+/// Trains as a configuration file says.
+pub fn train_file(path: &Path, sets: &[String], force: bool, show: Show) -> Result<Outcome> {
+    start(prepare(path, sets)?, force, show)
+}
+
+/// Goes on with a run from its newest checkpoint. `sets` may change how the run computes, not what.
+pub fn resume(run: &Path, sets: &[String], show: Show) -> Result<Outcome> {
+    start(prepare_resume(run, sets)?, false, show)
+}
+
+fn start(prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
+    check_device(prepared.config.device)?;
+    let threads = prepared.config.threads;
+    match prepared.config.precision {
+        Precision::F32 => train(Cpu::<f32>::new(threads)?, prepared, force, show),
+        Precision::F64 => train(Cpu::<f64>::new(threads)?, prepared, force, show),
+    }
+}
+
+/// Refuses a device that this build cannot use.
+pub fn check_device(device: Device) -> Result<()> {
+    match device {
+        Device::Auto | Device::Cpu => Ok(()),
+        Device::Cuda => {
+            Err(Error::Device("device = cuda: this version has no CUDA backend; use --device cpu (or auto)".into()))
+        }
+    }
+}
+
+/// A checkpoint folder, given itself or its run's folder.
+pub fn checkpoint_path(path: &Path) -> Result<PathBuf> {
+    if path.join(crate::checkpoint::MANIFEST).exists() || !path.join("checkpoints").is_dir() {
+        return Ok(path.into());
+    }
+    newest_checkpoint(path)
+}

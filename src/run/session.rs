@@ -1,0 +1,376 @@
+//! A run under way: steps, metrics, validation, checkpoints, signals.
+
+use super::{CONFIG_FILE, LOG_FILE, Prepared};
+use crate::{
+    Error, Result,
+    checkpoint::{CONFIG, STATE, Store},
+    comm::Solo,
+    config::{Config, OnNan},
+    data::dataset::TOKENIZER_FILE,
+    machine,
+    model::{
+        Network,
+        decoder::Recompute,
+        plan::{Plan, mebibytes},
+    },
+    ops::Ops,
+    report::{
+        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
+        progress::{Progress, Show},
+    },
+    state::{Meaning, Position, Progress as Saved, State},
+    trainer::{Bad, StepResult, Trainer, micro_batch},
+    upscale,
+};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+/// What a run ended with.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Outcome {
+    /// The run folder.
+    pub run: PathBuf,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+    /// Steps done.
+    pub steps: u64,
+    /// Tokens (rows) trained on.
+    pub tokens: u64,
+    /// Training loss of the last step, nats.
+    pub loss: f64,
+    /// Last validation loss, nats; none without held-out data.
+    pub validation_loss: Option<f64>,
+    /// Seconds of training.
+    pub seconds: f64,
+}
+
+/// Trains on a backend until the last step, a signal, or a loss that is not finite.
+pub fn train<B: Ops>(backend: B, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
+    let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
+    let recompute = choose_recompute(&backend, &config, &meaning)?;
+    let mut trainer = Trainer::new(backend, Box::new(Solo), &config, &meaning, samples, recompute)?;
+    let resumes = origin.as_ref().is_some_and(|start| start.resumes);
+    match &origin {
+        Some(start) => {
+            let optimizer = Some(&meaning.optimizer);
+            upscale::load(
+                &trainer.backend,
+                &start.origin,
+                start.growth.as_ref(),
+                &mut trainer.state,
+                &meaning,
+                optimizer,
+                start.moments,
+            )?;
+            trainer.position = start.position;
+        }
+        None => trainer.state.init(&trainer.backend, trainer.network.table(), &meaning.scaling, config.seed),
+    }
+    drop(origin);
+    let mut session = Session::open(trainer, config, meaning, tokenizer, resumes, force, show)?;
+    session.announce();
+    session.run()
+}
+
+/// The cheapest way to save memory that fits.
+fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> Result<Recompute> {
+    let network = Network::new(backend, &meaning.spec, &meaning.scaling)?;
+    let limit = match config.memory.limit {
+        0 => machine::available_memory().map_or(usize::MAX, |bytes| bytes / 5 * 4),
+        mebibytes => mebibytes << 20,
+    };
+    let need = |recompute, samples: usize| {
+        let mut plan = Plan::default();
+        State::plan(backend, &mut plan, network.table(), Some(&meaning.optimizer));
+        plan.reserve("gradients", backend.compute(), network.table().arena);
+        let micro = crate::model::MicroBatch { samples, ..micro_batch(config, &meaning.spec) };
+        network.plan(backend, &mut plan, micro, Some(recompute));
+        plan.bytes()
+    };
+    let candidates = config.memory.recompute.candidates();
+    if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
+        return Ok(recompute);
+    }
+    let thriftiest = candidates.last().copied().unwrap_or_default();
+    let fits = (1..config.batch.size).rev().find(|&samples| need(thriftiest, samples) <= limit);
+    let why = match fits {
+        Some(samples) => format!(
+            "does not fit: it needs {}, there are {}; the largest that fits is {samples} (raise batch.micro_batches in turn)",
+            mebibytes(need(thriftiest, config.batch.size)),
+            mebibytes(limit)
+        ),
+        None => format!(
+            "does not fit at any size: one sample needs {}, there are {}; use a smaller model or set memory.limit (MiB)",
+            mebibytes(need(thriftiest, 1)),
+            mebibytes(limit)
+        ),
+    };
+    Err(Error::config("batch.size", config.batch.size, why))
+}
+
+struct Session<B: Ops> {
+    trainer: Trainer<B>,
+    config: Config,
+    meaning: Meaning,
+    tokenizer: Option<Vec<u8>>,
+    store: Store,
+    metrics: MetricsLog,
+    log: fs::File,
+    progress: Progress,
+    stop: Arc<AtomicBool>,
+    /// Seconds of training before this session, and when it began.
+    clock: (f64, Instant),
+    last: (Instant, u64),
+    saved: Option<u64>,
+    validated: Option<(u64, f64)>,
+    loss: f64,
+}
+
+impl<B: Ops> Session<B> {
+    fn open(
+        trainer: Trainer<B>,
+        config: Config,
+        meaning: Meaning,
+        tokenizer: Option<Vec<u8>>,
+        resumes: bool,
+        force: bool,
+        show: Show,
+    ) -> Result<Self> {
+        let run = config.run.clone();
+        if !resumes {
+            new_run_folder(&run, force)?;
+        }
+        let store = Store::new(&run);
+        fs::create_dir_all(store.dir()).map_err(Error::io("create", store.dir()))?;
+        store.clean()?;
+        let config_file = run.join(CONFIG_FILE);
+        fs::write(&config_file, config.to_toml()).map_err(Error::io("write", &config_file))?;
+        let metrics =
+            if resumes { MetricsLog::resume(&run, trainer.position.step)? } else { MetricsLog::create(&run)? };
+        let log_file = run.join(LOG_FILE);
+        let log =
+            fs::File::options().create(true).append(true).open(&log_file).map_err(Error::io("write", &log_file))?;
+        let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
+        let progress = Progress::new(&label, config.steps, trainer.position.step, show);
+        let clock = (trainer.position.seconds, Instant::now());
+        let last = (Instant::now(), trainer.position.tokens);
+        let stop = machine::stop_flag()?;
+        Ok(Self {
+            trainer,
+            config,
+            meaning,
+            tokenizer,
+            store,
+            metrics,
+            log,
+            progress,
+            stop,
+            clock,
+            last,
+            saved: None,
+            validated: None,
+            loss: f64::NAN,
+        })
+    }
+
+    /// Says what will be done, and the memory plan, before the first step.
+    fn announce(&mut self) {
+        let table = self.trainer.network.table();
+        let scaling = &self.meaning.scaling;
+        let lines = [
+            format!("{}: {} parameters; {}", self.meaning.spec.arch(), table.parameters(), table.dims),
+            format!("{}; {:?} parametrisation, base {}", self.trainer.backend.describe(), scaling.kind, scaling.base),
+            format!(
+                "clipping at {} by the {:?} norm; recompute {}",
+                self.config.optimizer.clip, self.config.optimizer.clip_norm, self.trainer.recompute
+            ),
+            format!("memory:\n{}", self.trainer.plan),
+        ];
+        for line in lines {
+            self.say(&line);
+        }
+    }
+
+    fn say(&mut self, line: &str) {
+        self.progress.line(line);
+        // The log is a convenience: a disk that fills up shows at the next checkpoint, with a message.
+        let _ = writeln!(self.log, "{line}");
+    }
+
+    fn seconds(&self) -> f64 {
+        self.clock.0 + self.clock.1.elapsed().as_secs_f64()
+    }
+
+    fn run(mut self) -> Result<Outcome> {
+        while self.trainer.position.step < self.config.steps {
+            if let Some(result) = self.trainer.step()? {
+                self.record(result)?;
+            }
+            let step = self.trainer.position.step;
+            let stop = self.trainer.comm.any(self.stop.load(Ordering::Relaxed))?;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            if due(self.config.validation.every) {
+                self.validate()?;
+            }
+            if due(self.config.checkpoint.every) || stop {
+                self.save()?;
+            }
+            if stop {
+                let checkpoint = self.store.path(step);
+                return Err(Error::Interrupted { step, checkpoint, run: self.config.run });
+            }
+        }
+        if self.config.validation.every > 0 {
+            self.validate()?;
+        }
+        self.save()?;
+        Ok(Outcome {
+            checkpoint: self.store.path(self.trainer.position.step),
+            steps: self.trainer.position.step,
+            tokens: self.trainer.position.tokens,
+            loss: self.loss,
+            validation_loss: self.validated.map(|(_, loss)| loss),
+            seconds: self.seconds(),
+            run: self.config.run,
+        })
+    }
+
+    /// Waits for all steps under way.
+    fn flush(&mut self) -> Result<()> {
+        while let Some(result) = self.trainer.collect()? {
+            self.record(result)?;
+        }
+        Ok(())
+    }
+
+    /// Logs a step; stops the run at the first one that was not finite.
+    fn record(&mut self, result: StepResult) -> Result<()> {
+        let (before, tokens) = std::mem::replace(&mut self.last, (Instant::now(), result.position.tokens));
+        if let Some(bad) = result.bad {
+            let tensor = match bad {
+                Bad::Loss => "the loss".into(),
+                Bad::Row(row) => format!("the gradient of {}", self.trainer.network.table().rows[row].name),
+            };
+            if self.config.on_nan == OnNan::Stop {
+                return self.halt(result.step, result.position, tensor);
+            }
+            self.say(&format!("step {}: {tensor} is not finite; the update is left out (--on-nan skip)", result.step));
+        }
+        self.loss = result.loss;
+        let record = StepRecord {
+            step: result.step,
+            tokens: result.position.tokens,
+            loss: result.loss,
+            lr: result.lr,
+            grad_norm: result.grad_norm,
+            update_norm: result.update_norm,
+            tokens_per_second: result.position.tokens.saturating_sub(tokens) as f64 / before.elapsed().as_secs_f64(),
+            seconds: self.seconds(),
+            memory: machine::resident_memory().unwrap_or(self.trainer.backend.allocated()) as u64,
+        };
+        self.progress.step(&record);
+        self.metrics.append(&Record::Step(record))
+    }
+
+    /// Saves the weights as they were before a step that was not finite (the device changed nothing since).
+    fn halt(&mut self, step: u64, position: Position, tensor: String) -> Result<()> {
+        while self.trainer.collect()?.is_some() {}
+        self.trainer.position = position;
+        self.saved = None;
+        self.write_checkpoint()?;
+        Err(Error::NonFinite { step, tensor, checkpoint: self.store.path(position.step) })
+    }
+
+    fn validate(&mut self) -> Result<()> {
+        self.flush()?;
+        let step = self.trainer.position.step;
+        if self.validated.is_some_and(|(at, _)| at == step) {
+            return Ok(());
+        }
+        let Some((loss, batches)) = self.trainer.validate(self.config.validation.batches)? else { return Ok(()) };
+        let record = ValidationRecord {
+            step,
+            tokens: self.trainer.position.tokens,
+            loss,
+            batches: batches as u64,
+            seconds: self.seconds(),
+        };
+        self.progress.validation(&record);
+        self.validated = Some((step, loss));
+        self.last.0 = Instant::now();
+        self.metrics.append(&Record::Validation(record))
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.flush()?;
+        if self.saved == Some(self.trainer.position.step) {
+            return Ok(());
+        }
+        let start = Instant::now();
+        self.write_checkpoint()?;
+        let keep_every = (self.config.checkpoint.keep_every > 0).then_some(self.config.checkpoint.keep_every);
+        let keep_last =
+            if self.config.checkpoint.keep_last == 0 { usize::MAX } else { self.config.checkpoint.keep_last };
+        self.store.prune(keep_last, keep_every)?;
+        let path = self.store.path(self.trainer.position.step);
+        self.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
+        self.last.0 = Instant::now();
+        Ok(())
+    }
+
+    fn write_checkpoint(&mut self) -> Result<()> {
+        let position = Position { seconds: self.seconds(), ..self.trainer.position };
+        self.trainer.position = position;
+        let progress = Saved {
+            position,
+            data: self.trainer.feed.samples.fingerprint(),
+            config: Some(self.config.clone()),
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        let mut writer = self.store.create(position.step)?;
+        writer.json(CONFIG, &self.meaning)?;
+        writer.json(STATE, &progress)?;
+        if let Some(tokenizer) = &self.tokenizer {
+            writer.bytes(TOKENIZER_FILE, tokenizer)?;
+        }
+        let optimizer = Some(&self.meaning.optimizer);
+        self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
+        writer.commit()?;
+        self.saved = Some(position.step);
+        Ok(())
+    }
+}
+
+/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing but
+/// an earlier run.
+fn new_run_folder(run: &Path, force: bool) -> Result<()> {
+    let mut entries = match fs::read_dir(run) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return fs::create_dir_all(run).map_err(Error::io("create", run));
+        }
+        Err(e) => return Err(Error::io("read", run)(e)),
+    };
+    if entries.next().is_none() {
+        return Ok(());
+    }
+    if !force {
+        return Err(Error::Exists { path: run.into() });
+    }
+    if !run.join(CONFIG_FILE).exists() {
+        return Err(Error::file(
+            run,
+            format!("is a folder that no run made (it has no {CONFIG_FILE}): --force does not remove it"),
+        ));
+    }
+    fs::remove_dir_all(run).map_err(Error::io("remove", run))?;
+    fs::create_dir_all(run).map_err(Error::io("create", run))
+}

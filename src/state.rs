@@ -1,0 +1,243 @@
+//! What training changes: weights, moments, and the position in the run. A state is born by [`State::init`] or by
+//! [`crate::upscale::load`] (resume, start from a checkpoint, widen); the trainer cannot tell which.
+
+use crate::{
+    Result,
+    backend::{Backend, HostBuffer, Stream, Tensor},
+    checkpoint::{self, MODEL, OPTIMIZER, TensorMeta, Writer},
+    config::{Config, OptimizerConfig},
+    dims::{Axis, BlockName},
+    model::{
+        param::{Init, Row, Table},
+        plan::{Plan, Planned, Slot},
+        spec::{Scaling, Spec},
+    },
+    ops::{Ops, expand::Noise},
+    optim, rng,
+};
+use serde::{Deserialize, Serialize};
+
+/// `config.json` of a checkpoint: what the weights mean.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Meaning {
+    /// The model.
+    #[serde(flatten)]
+    pub spec: Spec,
+    /// Parametrisation and base shape.
+    pub scaling: Scaling,
+    /// The optimizer whose moments are stored; its numbers hold at the base shape.
+    pub optimizer: OptimizerConfig,
+    /// `tokenizer.json` (in the checkpoint) or `bytes`; none for rows of numbers, or where the data named none.
+    pub tokenizer: Option<String>,
+}
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    /// Optimizer steps done in this run.
+    pub step: u64,
+    /// Tokens (rows) trained on in this run.
+    pub tokens: u64,
+    /// The data cursor: samples taken from the order.
+    pub samples: u64,
+    /// The optimizer's t.
+    pub time: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+}
+
+/// `state.json` of a checkpoint: what going on needs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Where the run stands.
+    #[serde(flatten)]
+    pub position: Position,
+    /// Fingerprint of the training data, so that a resume on other data is noticed; 0 if there is none.
+    pub data: u64,
+    /// The run's configuration: seeds, order, schedule. Absent in what `upscale` wrote.
+    pub config: Option<Config>,
+    /// Version of the program that wrote it.
+    pub version: String,
+}
+
+/// Weights and moments on a device; each an arena laid out by the model's table.
+pub struct State<B: Backend> {
+    /// What forward and backward read.
+    pub weights: Tensor<B>,
+    /// f32 copy of weights that are kept in a smaller type.
+    pub master: Option<Tensor<B>>,
+    /// First moments.
+    pub first: Option<Tensor<B>>,
+    /// Second moments. (Muon's matrices have none; their part of the arena is not used.)
+    pub second: Option<Tensor<B>>,
+    /// Maxima of the second moments.
+    pub maximum: Option<Tensor<B>>,
+}
+
+/// Reserved memory of a state.
+pub struct StateSlots {
+    weights: Slot,
+    first: Option<Slot>,
+    second: Option<Slot>,
+    maximum: Option<Slot>,
+}
+
+/// A moment by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// First moment.
+    First,
+    /// Second moment.
+    Second,
+    /// Maximum of the second moment.
+    Maximum,
+}
+
+impl Moment {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::First, Self::Second, Self::Maximum];
+
+    /// Name of a row's moment in a checkpoint.
+    pub fn name(self, row: &str) -> String {
+        let prefix = match self {
+            Self::First => "first_moment",
+            Self::Second => "second_moment",
+            Self::Maximum => "second_moment_max",
+        };
+        format!("{prefix}.{row}")
+    }
+
+    /// Whether the optimizer keeps this moment of a row.
+    pub fn exists(self, optimizer: &OptimizerConfig, row: &Row) -> bool {
+        match self {
+            Self::First => optimizer.has_first(),
+            Self::Second => optimizer.has_second(row),
+            Self::Maximum => optimizer.has_maximum(row),
+        }
+    }
+}
+
+impl<B: Backend> State<B> {
+    /// Reserves the arenas that a model and an optimizer need.
+    pub fn plan(backend: &B, plan: &mut Plan, table: &Table, optimizer: Option<&OptimizerConfig>) -> StateSlots {
+        let float = backend.compute();
+        let mut moment = |moment: Moment, name: &str| {
+            let needed = optimizer.is_some_and(|o| table.rows.iter().any(|row| moment.exists(o, row)));
+            needed.then(|| plan.reserve(name, float, table.arena))
+        };
+        let first = moment(Moment::First, "first moments");
+        let second = moment(Moment::Second, "second moments");
+        let maximum = moment(Moment::Maximum, "maxima of second moments");
+        StateSlots { weights: plan.reserve("weights", float, table.arena), first, second, maximum }
+    }
+
+    /// Takes the reserved arenas, all zero.
+    pub fn new(slots: StateSlots, planned: &mut Planned<B>) -> Self {
+        Self {
+            weights: planned.take(slots.weights),
+            master: None,
+            first: slots.first.map(|s| planned.take(s)),
+            second: slots.second.map(|s| planned.take(s)),
+            maximum: slots.maximum.map(|s| planned.take(s)),
+        }
+    }
+
+    /// The arena of a moment.
+    pub fn moment(&self, moment: Moment) -> Option<&Tensor<B>> {
+        match moment {
+            Moment::First => self.first.as_ref(),
+            Moment::Second => self.second.as_ref(),
+            Moment::Maximum => self.maximum.as_ref(),
+        }
+    }
+
+    /// The arena of a moment, to write.
+    pub fn moment_mut(&mut self, moment: Moment) -> Option<&mut Tensor<B>> {
+        match moment {
+            Moment::First => self.first.as_mut(),
+            Moment::Second => self.second.as_mut(),
+            Moment::Maximum => self.maximum.as_mut(),
+        }
+    }
+}
+
+impl<B: Ops> State<B> {
+    /// New weights: functions of the seed and each tensor's name. Moments are zero.
+    pub fn init(&mut self, backend: &B, table: &Table, scaling: &Scaling, seed: u64) {
+        for (i, row) in table.rows.iter().enumerate() {
+            let target = self.weights.slice_mut(table.values(i));
+            let amount = optim::init_std(row, table, scaling);
+            match row.init {
+                Init::Normal(_) => {
+                    let noise = Noise { stream: rng::Stream::new(seed, &row.name), amount, paired: None };
+                    backend.fill(target, 0, 0.0, Some(&noise));
+                }
+                Init::Ones => backend.fill(target, 0, 1.0, None),
+                Init::Zeros => backend.fill(target, 0, 0.0, None),
+            }
+        }
+    }
+}
+
+/// Elements that are copied to the host at a time when saving.
+const CHUNK: usize = 1 << 20;
+
+impl<B: Backend> State<B> {
+    /// Writes weights and moments into a checkpoint. `optimizer`: whose moments there are; none for weights alone.
+    pub fn save(
+        &self,
+        backend: &B,
+        table: &Table,
+        optimizer: Option<&OptimizerConfig>,
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let weights = self.master.as_ref().unwrap_or(&self.weights);
+        let rows: Vec<_> = table.rows.iter().enumerate().map(|(i, row)| (i, row.name.clone(), weights)).collect();
+        save_file(backend, table, MODEL, &rows, writer)?;
+        let Some(optimizer) = optimizer else { return Ok(()) };
+        let mut moments = Vec::new();
+        for moment in Moment::ALL {
+            let Some(arena) = self.moment(moment) else { continue };
+            let kept = table.rows.iter().enumerate().filter(|(_, row)| moment.exists(optimizer, row));
+            moments.extend(kept.map(|(i, row)| (i, moment.name(&row.name), arena)));
+        }
+        save_file(backend, table, OPTIMIZER, &moments, writer)
+    }
+}
+
+fn save_file<B: Backend>(
+    backend: &B,
+    table: &Table,
+    file: &str,
+    rows: &[(usize, String, &Tensor<B>)],
+    writer: &mut Writer,
+) -> Result<()> {
+    let meta = |(i, name, arena): &(usize, String, &Tensor<B>)| meta(name, &table.rows[*i], arena.dtype());
+    writer.tensors(file, rows.iter().map(meta).collect())?;
+    let mut host = backend.host(CHUNK * 8)?;
+    for (i, name, arena) in rows {
+        let (values, size) = (table.values(*i), arena.dtype().size());
+        for start in values.clone().step_by(CHUNK) {
+            let part = start..(start + CHUNK).min(values.end);
+            backend.download(Stream::Compute, arena.slice(part.clone()), &mut host, 0);
+            backend.synchronize(&backend.record(Stream::Compute))?;
+            writer.write(name, start - values.start, &host.bytes()[..part.len() * size])?;
+        }
+    }
+    Ok(())
+}
+
+/// How a row is described in a checkpoint.
+pub fn meta(name: &str, row: &Row, dtype: crate::DType) -> TensorMeta {
+    let axis = |axis: &Axis| {
+        let block = |b: &crate::dims::Block| {
+            let name = match b.name {
+                BlockName::Width(w) => w.to_string(),
+                BlockName::Fixed(name) => name.to_string(),
+            };
+            checkpoint::Block { name, size: b.size }
+        };
+        axis.0.iter().map(block).collect()
+    };
+    TensorMeta { name: name.into(), dtype, shape: row.shape(), axes: row.axes.iter().map(axis).collect() }
+}

@@ -1,0 +1,416 @@
+//! The training step, for one rank: from samples to updated weights, without a file or a word to the user.
+//!
+//! A step: upload its scalars; for each micro-batch of this rank forward, backward, and the sum over micro-batches; the
+//! sum over ranks, group by group as backward finishes; norm, decision, update. Nothing waits for the device: results
+//! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
+
+use crate::{
+    DType, Error, Result,
+    backend::{Backend, HostBuffer, Stream, Tensor},
+    comm::{self, Comm},
+    config::{Config, OnNan, OptimizerConfig},
+    feed::{Feed, Samples},
+    model::{Acts, Gradients, MicroBatch, Network, Weights, decoder::Recompute, param::Table, plan::Plan, spec::Spec},
+    ops::{
+        Ops,
+        gradient::Decision,
+        muon::{self, MuonMatrix},
+        optimizer::Arenas,
+        pieces::{self, Pieces},
+        scalars::{self, SCALAR_BYTES, SCALARS, Scalar},
+    },
+    schedule,
+    state::{Meaning, Position, State},
+};
+use std::collections::VecDeque;
+
+/// Steps that may be under way before the host looks at the oldest one's results.
+pub const LAG: usize = 2;
+
+/// What a step brought.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepResult {
+    /// Where the run stood after the step (before it, for a step that halted training).
+    pub position: Position,
+    /// The step, from 1.
+    pub step: u64,
+    /// Mean loss of the counted tokens, nats.
+    pub loss: f64,
+    /// Learning rate at the base shape.
+    pub lr: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Norm of the change of all weights.
+    pub update_norm: f64,
+    /// Whether the update was left out.
+    pub skipped: bool,
+    /// `loss`, or the row whose gradient was not finite.
+    pub bad: Option<Bad>,
+}
+
+/// What was not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bad {
+    /// The loss only.
+    Loss,
+    /// The gradient of this row.
+    Row(usize),
+}
+
+/// A step under way.
+struct Pending<B: Backend> {
+    inputs: B::Host,
+    results: B::Host,
+    event: Option<B::Event>,
+    before: Position,
+    after: Position,
+    lr: f64,
+}
+
+/// Everything that training on one rank needs.
+pub struct Trainer<B: Ops> {
+    /// The device.
+    pub backend: B,
+    /// Other ranks.
+    pub comm: Box<dyn Comm<B>>,
+    /// The network.
+    pub network: Network<B>,
+    /// Weights and moments.
+    pub state: State<B>,
+    /// Where the run stands.
+    pub position: Position,
+    /// What the plan said, for the log.
+    pub plan: Plan,
+    /// What is computed again in backward.
+    pub recompute: Recompute,
+    /// Samples.
+    pub feed: Feed<B>,
+    optimizer: OptimizerConfig,
+    config: Config,
+    micro: MicroBatch,
+    acts: Acts<B>,
+    gradients: Tensor<B>,
+    sums: Vec<Tensor<B>>,
+    merges: Vec<usize>,
+    pieces: Pieces<B>,
+    partials: Tensor<B>,
+    muon_scratch: Option<Tensor<B>>,
+    scalars: Tensor<B>,
+    validation: Tensor<B>,
+    /// One for each micro-batch of this rank, since their sums differ, and one for the update.
+    graphs: (Vec<B::Graph>, B::Graph),
+    ring: VecDeque<Pending<B>>,
+    spare: Vec<Pending<B>>,
+}
+
+impl<B: Ops> Trainer<B> {
+    /// Plans and allocates everything for training; the state is zero until it is initialised or loaded.
+    ///
+    /// `recompute` is the way to save memory; see [`Self::choose_recompute`].
+    pub fn new(
+        backend: B,
+        comm: Box<dyn Comm<B>>,
+        config: &Config,
+        meaning: &Meaning,
+        samples: Box<dyn Samples>,
+        recompute: Recompute,
+    ) -> Result<Self> {
+        let network = Network::new(&backend, &meaning.spec, &meaning.scaling)?;
+        let (table, micro) = (network.table(), micro_batch(config, &meaning.spec));
+        let optimizer = meaning.optimizer.clone();
+        if config.batch.micro_batches < comm.world() {
+            let why = format!("fewer than the {} ranks: every rank needs a micro-batch", comm.world());
+            return Err(Error::config("batch.micro_batches", config.batch.micro_batches, why));
+        }
+        let share = comm::share(config.batch.micro_batches, comm.rank(), comm.world());
+        let pieces =
+            Pieces::new(&backend, pieces::cut(table, 0..table.arena), optimizer.settings(table, &meaning.scaling))?;
+        let summed = config.batch.micro_batches > 1;
+        let mut plan = Plan::default();
+        let state = State::plan(&backend, &mut plan, table, Some(&optimizer));
+        let gradients = plan.reserve("gradients", backend.compute(), table.arena);
+        let depth = if summed { comm::depth(share.len()) } else { 0 };
+        let sums: Vec<_> =
+            (0..depth).map(|i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena)).collect();
+        let scratch = muon_scratch(table, &pieces).map(|len| plan.reserve("muon", backend.compute(), len));
+        let partials = plan.reserve("partial sums", DType::F64, pieces.list.len() + table.rows.len());
+        let small = ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS));
+        let batch = Feed::plan(&backend, &mut plan, &*samples, micro, matches!(meaning.spec, Spec::Decoder(_)));
+        let acts = network.plan(&backend, &mut plan, micro, Some(recompute));
+        let mut planned = plan.commit(&backend)?;
+        let state = State::new(state, &mut planned);
+        let [scalars, validation] = small.map(|slot| planned.take(slot));
+        Ok(Self {
+            state,
+            position: Position::default(),
+            recompute,
+            feed: Feed::new(&backend, samples, batch, &mut planned)?,
+            optimizer,
+            config: config.clone(),
+            micro,
+            acts: Acts::new(acts, &mut planned),
+            gradients: planned.take(gradients),
+            sums: sums.into_iter().map(|slot| planned.take(slot)).collect(),
+            merges: comm::halves(share.len()),
+            pieces,
+            partials: planned.take(partials),
+            muon_scratch: scratch.map(|slot| planned.take(slot)),
+            scalars,
+            validation,
+            graphs: (share.clone().map(|_| B::Graph::default()).collect(), B::Graph::default()),
+            ring: VecDeque::new(),
+            spare: Vec::new(),
+            plan,
+            network,
+            comm,
+            backend,
+        })
+    }
+
+    /// Weights, to read.
+    pub fn weights(&self) -> Weights<'_, B> {
+        Weights { table: self.network.table(), arena: self.state.weights.view() }
+    }
+
+    /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
+    pub fn step(&mut self) -> Result<Option<StepResult>> {
+        let done = if self.ring.len() >= LAG { self.collect()? } else { None };
+        let mut pending = self.begin()?;
+        let share = comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world());
+        for index in share.clone() {
+            let first = pending.before.samples + (index * self.micro.samples) as u64;
+            self.feed.train(&self.backend, first)?;
+            self.micro_step(index - share.start, index + 1 == share.end)?;
+        }
+        self.update()?;
+        self.backend.download(Stream::Compute, self.scalars.view(), &mut pending.results, 0);
+        pending.event = Some(self.backend.record(Stream::Compute));
+        self.position = pending.after;
+        self.ring.push_back(pending);
+        Ok(done)
+    }
+
+    /// Waits for the oldest step under way. None if there is none.
+    pub fn collect(&mut self) -> Result<Option<StepResult>> {
+        let Some(mut pending) = self.ring.pop_front() else { return Ok(None) };
+        if let Some(event) = pending.event.take() {
+            self.backend.synchronize(&event)?;
+        }
+        let get = |scalar| scalars::get(pending.results.bytes(), scalar);
+        let skipped = get(Scalar::Skip) != 0.0;
+        let bad = match get(Scalar::BadRow) {
+            row if skipped && row >= 0.0 => Some(Bad::Row(row as usize)),
+            row if skipped && row == -2.0 => Some(Bad::Loss),
+            _ => None,
+        };
+        let result = StepResult {
+            position: if get(Scalar::Halt) != 0.0 { pending.before } else { pending.after },
+            step: pending.after.step,
+            loss: get(Scalar::LossSum) / get(Scalar::Counted),
+            lr: pending.lr,
+            grad_norm: get(Scalar::GradNorm),
+            update_norm: get(Scalar::UpdateNorm),
+            skipped,
+            bad,
+        };
+        self.spare.push(pending);
+        Ok(Some(result))
+    }
+
+    /// Writes the step's inputs to the device: learning rate, time, zero sums.
+    fn begin(&mut self) -> Result<Pending<B>> {
+        let before = self.position;
+        let samples = (self.config.batch.micro_batches * self.micro.samples) as u64;
+        let after = Position {
+            step: before.step + 1,
+            tokens: before.tokens + samples * self.micro.length as u64,
+            samples: before.samples + samples,
+            time: before.time + 1,
+            ..before
+        };
+        let lr = self.optimizer.lr * schedule::factor(&self.config.schedule, after.step, self.config.steps);
+        let mut pending = match self.spare.pop() {
+            Some(pending) => Pending { before, after, lr, ..pending },
+            None => {
+                let (inputs, results) = (self.backend.host(SCALAR_BYTES)?, self.backend.host(SCALAR_BYTES)?);
+                Pending { inputs, results, event: None, before, after, lr }
+            }
+        };
+        let inputs = pending.inputs.bytes_mut();
+        scalars::set(inputs, Scalar::LearningRate, lr);
+        scalars::set(inputs, Scalar::Time, after.time as f64);
+        let fresh = Scalar::Counted as usize + 1;
+        self.backend.upload(Stream::Compute, &pending.inputs, 0..fresh * 8, self.scalars.slice_mut(0..fresh));
+        Ok(pending)
+    }
+
+    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches.
+    fn micro_step(&mut self, index: usize, last: bool) -> Result<()> {
+        let scale = 1.0 / self.nominal();
+        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, graphs, micro, .. } =
+            self;
+        let (comm, merges) = (&**comm, merges[index]);
+        let top = stack_height(&self.merges, index);
+        let mut fault = Ok(());
+        let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
+            if sums.is_empty() {
+                return;
+            }
+            let range = network.table().group(group);
+            push(backend, sums, top, merges, range.clone(), part.as_ref());
+            if last && comm.world() > 1 {
+                let reduced = reduce(backend, comm, sums[0].slice_mut(range));
+                if fault.is_ok() {
+                    fault = reduced;
+                }
+            }
+        };
+        let weights = Weights { table: network.table(), arena: state.weights.view() };
+        backend.captured(&mut graphs.0[index], || {
+            let mut gradients =
+                Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
+            network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);
+            backend.tally(scalars.view_mut(), acts.losses().view(), feed.batch.targets.view());
+            Ok(())
+        })?;
+        fault?;
+        if last && !self.sums.is_empty() {
+            let done = self.backend.record(Stream::Communication);
+            self.backend.wait(Stream::Compute, &done);
+            self.backend.accumulate(self.gradients.view_mut(), self.sums[0].view(), false);
+        }
+        Ok(())
+    }
+
+    /// Norm, decision, update.
+    fn update(&mut self) -> Result<()> {
+        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
+        self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
+        let decision = self.decision();
+        let Self {
+            backend, network, state, gradients, pieces, partials, muon_scratch, scalars, graphs, optimizer, ..
+        } = self;
+        let table = network.table();
+        backend.captured(&mut graphs.1, || {
+            let count = pieces.list.len();
+            backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
+            backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
+            let arenas = Arenas {
+                weights: state.weights.view_mut(),
+                master: state.master.as_mut().map(Tensor::view_mut),
+                first: state.first.as_mut().map(Tensor::view_mut),
+                second: state.second.as_mut().map(Tensor::view_mut),
+                maximum: state.maximum.as_mut().map(Tensor::view_mut),
+                gradients: gradients.view(),
+            };
+            backend.update(arenas, partials.slice_mut(0..count), scalars.view(), pieces, optimizer.method());
+            if let Some(scratch) = muon_scratch {
+                muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
+            }
+            backend.finish_update(scalars.view_mut(), partials.view());
+            Ok(())
+        })
+    }
+
+    /// Counted tokens of a step if none is ignored.
+    fn nominal(&self) -> f64 {
+        (self.config.batch.micro_batches * self.micro.rows()) as f64
+    }
+
+    fn decision(&self) -> Decision {
+        let clip = if self.optimizer.clip > 0.0 { self.optimizer.clip } else { f64::INFINITY };
+        Decision { clip, nominal: self.nominal(), halt: self.config.on_nan == OnNan::Stop }
+    }
+
+    /// Mean loss over held-out data: `batches` micro-batches, or all for 0, shared out among ranks. Returns it with the
+    /// number of micro-batches; None without held-out data.
+    pub fn validate(&mut self, batches: usize) -> Result<Option<(f64, usize)>> {
+        let all = self.feed.samples.held_out().div_ceil(self.micro.samples as u64) as usize;
+        let batches = if batches == 0 { all } else { batches.min(all) };
+        if batches == 0 {
+            return Ok(None);
+        }
+        self.backend.zero(Stream::Compute, self.validation.view_mut());
+        for index in comm::share(batches, self.comm.rank(), self.comm.world()) {
+            self.feed.validate(&self.backend, (index * self.micro.samples) as u64)?;
+            let weights = Weights { table: self.network.table(), arena: self.state.weights.view() };
+            self.network.evaluate(&self.backend, weights, &mut self.acts, &self.feed.batch, self.micro);
+            self.backend.tally(self.validation.view_mut(), self.acts.losses().view(), self.feed.batch.targets.view());
+        }
+        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
+        self.comm.all_reduce(&self.backend, Stream::Compute, self.validation.slice_mut(sums))?;
+        let mut host = self.backend.host(SCALAR_BYTES)?;
+        self.backend.download(Stream::Compute, self.validation.view(), &mut host, 0);
+        self.backend.synchronize(&self.backend.record(Stream::Compute))?;
+        let get = |scalar| scalars::get(host.bytes(), scalar);
+        Ok(Some((get(Scalar::LossSum) / get(Scalar::Counted), batches)))
+    }
+}
+
+/// Size of a micro-batch of a configuration.
+pub fn micro_batch(config: &Config, spec: &Spec) -> MicroBatch {
+    MicroBatch { samples: config.batch.size, length: spec.context() }
+}
+
+/// Sums on the stack before micro-batch `index` is pushed.
+fn stack_height(merges: &[usize], index: usize) -> usize {
+    index - merges[..index].iter().sum::<usize>()
+}
+
+/// Pushes a part of the gradients on the stack of sums, and adds topmost sums as the tree says.
+fn push<B: Ops>(
+    backend: &B,
+    sums: &mut [Tensor<B>],
+    top: usize,
+    merges: usize,
+    range: std::ops::Range<usize>,
+    part: crate::backend::Ref<'_, B>,
+) {
+    backend.accumulate(sums[top].slice_mut(range.clone()), part, false);
+    for at in (top - merges..top).rev() {
+        let (low, high) = sums.split_at_mut(at + 1);
+        backend.accumulate(low[at].slice_mut(range.clone()), high[0].slice(range.clone()), true);
+    }
+}
+
+/// Sums over ranks on the communication stream, behind what the compute stream has done so far.
+fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_, B>) -> Result<()> {
+    let ready = backend.record(Stream::Compute);
+    backend.wait(Stream::Communication, &ready);
+    comm.all_reduce(backend, Stream::Communication, part)
+}
+
+/// Elements of scratch for Muon's largest matrix; None if no row is Muon's.
+fn muon_scratch<B: Backend>(table: &Table, pieces: &Pieces<B>) -> Option<usize> {
+    let rows = table.rows.iter().zip(&pieces.rows).filter(|(_, settings)| settings.muon != 0);
+    rows.map(|(row, _)| muon::scratch(row.axes[0].size(), row.columns())).max()
+}
+
+#[allow(clippy::too_many_arguments, reason = "the disjoint parts of a trainer")]
+fn muon_update<B: Ops>(
+    backend: &B,
+    table: &Table,
+    state: &mut State<B>,
+    gradients: &Tensor<B>,
+    pieces: &Pieces<B>,
+    partials: &mut Tensor<B>,
+    scratch: &mut Tensor<B>,
+    scalars: &Tensor<B>,
+) {
+    for (i, (row, settings)) in table.rows.iter().zip(&pieces.rows).enumerate().filter(|(_, (_, s))| s.muon != 0) {
+        let values = table.values(i);
+        let Some(first) = state.first.as_mut() else { return };
+        let matrix = MuonMatrix {
+            weight: state.weights.slice_mut(values.clone()),
+            master: state.master.as_mut().map(|m| m.slice_mut(values.clone())),
+            first: first.slice_mut(values.clone()),
+            gradient: gradients.slice(values),
+            rows: row.axes[0].size(),
+            columns: row.columns(),
+            settings: *settings,
+        };
+        let at = pieces.list.len() + i;
+        let needed = 0..muon::scratch(matrix.rows, matrix.columns);
+        backend.muon(matrix, partials.slice_mut(at..at + 1), scratch.slice_mut(needed), scalars.view());
+    }
+}
