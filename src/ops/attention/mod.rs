@@ -1,5 +1,9 @@
 //! Causal attention with grouped key/value heads; T × T scores never exist in memory.
 
+mod cpu;
+#[cfg(test)]
+mod tests;
+
 use crate::backend::{Backend, Mut, Ref};
 
 /// Heads of an attention layer. A token's projections lie side by side in one row: query heads `[kv_heads, group,
@@ -50,10 +54,10 @@ pub struct AttentionShape {
 pub trait Attention: Backend {
     /// out = softmax(scale · q kᵀ, causal) · v. `out` is (batch · queries) × [`HeadShape::queries`].
     ///
-    /// `q` starts at the first query row, `k` and `v` at the first key row; rows are `q_stride` and `kv_stride`
-    /// elements apart, and sequences follow each other without gap (sequence b's first key row is row b · `kv_rows`,
-    /// kv_rows ≥ keys). `log_sum_exp`, batch × heads × queries in the statistics type, is kept for backward.
-    /// `first_key` (i32, batch · queries), if given, hides keys before that position of the sequence from a query.
+    /// `q`, `k` and `v` are rows of `queries()`, `keys()` and `keys()` elements inside of wider ones (see [`Strided`]).
+    /// `log_sum_exp`, (batch · queries) × query heads in the statistics type, is kept for backward. `first_key` (i32,
+    /// batch · queries), if given, hides keys before that position of the sequence from a query; a query that sees no
+    /// key at all gets out = 0, log_sum_exp = −∞ and no gradient. A hidden key has a probability of exactly zero.
     fn attention(
         &self,
         out: Mut<'_, Self>,
@@ -65,8 +69,8 @@ pub trait Attention: Backend {
         shape: AttentionShape,
     );
 
-    /// dqkv from dout, for queries = keys. `qkv` and `dqkv` are (batch · queries) × [`HeadShape::row`]; dqkv is
-    /// overwritten. Sums run in a fixed order.
+    /// dqkv from dout, for queries = keys. `qkv` and `dqkv` are (batch · queries) × [`HeadShape::row`], `dout` and `out`
+    /// as in [`Attention::attention`]; dqkv is overwritten. Sums run in a fixed order.
     fn attention_backward(
         &self,
         dqkv: Mut<'_, Self>,
@@ -79,12 +83,13 @@ pub trait Attention: Backend {
     );
 }
 
-/// Rows inside a wider matrix.
+/// Rows inside of wider ones: part of a fused projection, or of a key/value cache. Row r of sequence b starts at element
+/// (b · rows + r) · stride.
 pub struct Strided<'a, B: Backend> {
-    /// From the first element of the first row.
+    /// From the first element of the first row on, at least to the last element of the last row.
     pub view: Ref<'a, B>,
     /// Elements from one row to the next.
     pub stride: usize,
-    /// Rows from one sequence to the next.
+    /// Rows from one sequence to the next, at least those that the op reads.
     pub rows: usize,
 }
