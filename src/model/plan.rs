@@ -50,15 +50,20 @@ impl fmt::Display for Plan {
         }
         for (name, count, bytes) in lines {
             let times = if count > 1 { format!("  ({count})") } else { String::new() };
-            writeln!(f, "  {:>10}  {name}{times}", mebibytes(bytes))?;
+            writeln!(f, "  {:>10}  {name}{times}", size(bytes))?;
         }
-        write!(f, "  {:>10}  in all", mebibytes(self.bytes()))
+        write!(f, "  {:>10}  in all", size(self.bytes()))
     }
 }
 
-/// Bytes as MiB, for people.
-pub fn mebibytes(bytes: usize) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+/// Bytes for people.
+pub fn size(bytes: usize) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} B"),
+        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
+        _ => format!("{:.2} GiB", bytes as f64 / (1 << 30) as f64),
+    }
 }
 
 /// The tensors of a committed plan, to be taken once each.

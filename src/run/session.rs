@@ -11,7 +11,7 @@ use crate::{
     model::{
         Network,
         decoder::Recompute,
-        plan::{Plan, mebibytes},
+        plan::{Plan, size},
     },
     ops::Ops,
     report::{
@@ -104,13 +104,13 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
     let why = match fits {
         Some(samples) => format!(
             "does not fit: it needs {}, there are {}; the largest that fits is {samples} (raise batch.micro_batches in turn)",
-            mebibytes(need(thriftiest, config.batch.size)),
-            mebibytes(limit)
+            size(need(thriftiest, config.batch.size)),
+            size(limit)
         ),
         None => format!(
             "does not fit at any size: one sample needs {}, there are {}; use a smaller model or set memory.limit (MiB)",
-            mebibytes(need(thriftiest, 1)),
-            mebibytes(limit)
+            size(need(thriftiest, 1)),
+            size(limit)
         ),
     };
     Err(Error::config("batch.size", config.batch.size, why))
@@ -128,7 +128,6 @@ struct Session<B: Ops> {
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
-    last: (Instant, u64),
     saved: Option<u64>,
     validated: Option<(u64, f64)>,
     loss: f64,
@@ -161,7 +160,6 @@ impl<B: Ops> Session<B> {
         let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
         let progress = Progress::new(&label, config.steps, trainer.position.step, show);
         let clock = (trainer.position.seconds, Instant::now());
-        let last = (Instant::now(), trainer.position.tokens);
         let stop = machine::stop_flag()?;
         Ok(Self {
             trainer,
@@ -174,7 +172,6 @@ impl<B: Ops> Session<B> {
             progress,
             stop,
             clock,
-            last,
             saved: None,
             validated: None,
             loss: f64::NAN,
@@ -253,7 +250,7 @@ impl<B: Ops> Session<B> {
 
     /// Logs a step; stops the run at the first one that was not finite.
     fn record(&mut self, result: StepResult) -> Result<()> {
-        let (before, tokens) = std::mem::replace(&mut self.last, (Instant::now(), result.position.tokens));
+        let tokens = self.trainer.tokens_per_step() as f64;
         if let Some(bad) = result.bad {
             let tensor = match bad {
                 Bad::Loss => "the loss".into(),
@@ -272,7 +269,7 @@ impl<B: Ops> Session<B> {
             lr: result.lr,
             grad_norm: result.grad_norm,
             update_norm: result.update_norm,
-            tokens_per_second: result.position.tokens.saturating_sub(tokens) as f64 / before.elapsed().as_secs_f64(),
+            tokens_per_second: tokens / result.seconds,
             seconds: self.seconds(),
             memory: machine::resident_memory().unwrap_or(self.trainer.backend.allocated()) as u64,
         };
@@ -305,7 +302,6 @@ impl<B: Ops> Session<B> {
         };
         self.progress.validation(&record);
         self.validated = Some((step, loss));
-        self.last.0 = Instant::now();
         self.metrics.append(&Record::Validation(record))
     }
 
@@ -322,7 +318,6 @@ impl<B: Ops> Session<B> {
         self.store.prune(keep_last, keep_every)?;
         let path = self.store.path(self.trainer.position.step);
         self.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
-        self.last.0 = Instant::now();
         Ok(())
     }
 
