@@ -17,12 +17,15 @@ pub(crate) trait Float: Element {
 
 impl Float for f64 {
     type Arithmetic = f64;
+    #[inline(always)]
     fn load(self) -> f64 {
         self
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         value
     }
+    #[inline(always)]
     fn round(value: f64) -> Self {
         value
     }
@@ -30,12 +33,15 @@ impl Float for f64 {
 
 impl Float for f32 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self)
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
         value as f32
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         value
     }
@@ -43,12 +49,15 @@ impl Float for f32 {
 
 impl Float for bf16 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self.to_f32())
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
-        Self::from_f64(value)
+        Self::from_f32(to_odd(value))
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
     }
@@ -56,15 +65,31 @@ impl Float for bf16 {
 
 impl Float for f16 {
     type Arithmetic = f32;
+    #[inline(always)]
     fn load(self) -> f64 {
         f64::from(self.to_f32())
     }
+    #[inline(always)]
     fn store(value: f64) -> Self {
-        Self::from_f64(value)
+        Self::from_f32(to_odd(value))
     }
+    #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
     }
+}
+
+/// Rounds to an f32 whose last bit says whether anything was cut off, so that rounding it once more to 11 bits or less
+/// gives what rounding `value` itself would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+/// The `half` crate's own conversions from f64 drop the lower 32 bits.
+fn to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    let error = f64::from(near) - value;
+    if error == 0.0 || error.is_nan() {
+        return near;
+    }
+    let towards_zero = if (error > 0.0) == (value > 0.0) { near.to_bits() - 1 } else { near.to_bits() };
+    f32::from_bits(towards_zero | 1)
 }
 
 /// Evaluates `$body` with `$T` as the Rust type of a float [`crate::DType`].
@@ -104,7 +129,23 @@ mod tests {
         assert_eq!(bf16::round(1.0 + 3.0 * 2f32.powi(-8)).load(), 1.0 + 2f64.powi(-6));
         // Just above halfway, by less than f32 can tell: rounding by way of f32 would go down to even.
         assert_eq!(bf16::store(1.0 + 2f64.powi(-8) + 2f64.powi(-40)).load(), 1.0 + 2f64.powi(-7));
+        assert_eq!(bf16::store(-1.0 - 2f64.powi(-8) + 2f64.powi(-40)).load(), -1.0);
         assert_eq!(f16::store(1.0 + 2f64.powi(-11)).load(), 1.0);
+        assert_eq!(f16::store(1.0 + 2f64.powi(-11) + 2f64.powi(-50)).load(), 1.0 + 2f64.powi(-10));
         assert_eq!(f32::store(1.0 + 2f64.powi(-24)).load(), 1.0);
+    }
+
+    #[test]
+    fn every_half_survives_and_the_extremes_are_kept() {
+        for bits in 0..=u16::MAX {
+            let (b, h) = (bf16::from_bits(bits), f16::from_bits(bits));
+            assert!(b.is_nan() && bf16::store(b.load()).is_nan() || bf16::store(b.load()).to_bits() == bits);
+            assert!(h.is_nan() && f16::store(h.load()).is_nan() || f16::store(h.load()).to_bits() == bits);
+        }
+        assert_eq!(bf16::store(1e300), bf16::INFINITY);
+        assert_eq!(f16::store(-1e300), f16::NEG_INFINITY);
+        assert_eq!(bf16::store(-1e-300).to_bits(), bf16::NEG_ZERO.to_bits());
+        assert_eq!(f16::store(65_519.0), f16::MAX);
+        assert_eq!(f16::store(65_520.0), f16::INFINITY);
     }
 }

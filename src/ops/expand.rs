@@ -120,16 +120,26 @@ fn write<F: Real, T: Float>(
     compute: impl Fn(usize, &mut [T::Arithmetic], &mut Paired<T::Arithmetic>) + Send + Sync,
 ) {
     cpu.pool().for_rows(RowsMut::new(target, 1), TASK, |range, target| {
-        let mut values = [T::Arithmetic::from_f64(0.0); BLOCK];
+        let mut values = [T::Arithmetic::ZERO; BLOCK];
         let mut rounded = [T::store(0.0); BLOCK];
         let mut paired = Paired::default();
         for (i, block) in target.chunks_mut(BLOCK).enumerate() {
             let (values, rounded) = (&mut values[..block.len()], &mut rounded[..block.len()]);
             compute(start + range.start + i * BLOCK, values, &mut paired);
-            simd(|| rounded.iter_mut().zip(&*values).for_each(|(r, v)| *r = T::round(*v)));
+            simd(
+                #[inline(always)]
+                || round(rounded, values),
+            );
             stream::copy(block, rounded);
         }
     });
+}
+
+#[inline(always)]
+fn round<T: Float>(rounded: &mut [T], values: &[T::Arithmetic]) {
+    for (r, &v) in rounded.iter_mut().zip(values) {
+        *r = T::round(v);
+    }
 }
 
 /// The values to copy and where they go, as slices.
@@ -164,13 +174,16 @@ impl<'a, S: Float> Map<'a, S> {
             let (row, column) = (at / self.columns.len(), at % self.columns.len());
             let (segment, rest) = out.split_at_mut(out.len().min(self.columns.len() - column));
             let source = &self.values[self.rows[row] as usize * self.source_columns..][..self.source_columns];
-            simd(|| match self.repeat {
-                1 => repeat::<1, S, A>(segment, source, column, scale),
-                2 => repeat::<2, S, A>(segment, source, column, scale),
-                3 => repeat::<3, S, A>(segment, source, column, scale),
-                4 => repeat::<4, S, A>(segment, source, column, scale),
-                _ => gather(segment, source, &self.columns[column..], scale),
-            });
+            simd(
+                #[inline(always)]
+                || match self.repeat {
+                    1 => repeat::<1, S, A>(segment, source, column, scale),
+                    2 => repeat::<2, S, A>(segment, source, column, scale),
+                    3 => repeat::<3, S, A>(segment, source, column, scale),
+                    4 => repeat::<4, S, A>(segment, source, column, scale),
+                    _ => gather(segment, source, &self.columns[column..], scale),
+                },
+            );
             at += segment.len();
             out = rest;
         }
@@ -188,13 +201,14 @@ fn gather<S: Float, A: Real>(out: &mut [A], source: &[S], columns: &[u32], scale
 /// out[j] = scale · source[(column + j) / K].
 #[inline(always)]
 fn repeat<const K: usize, S: Float, A: Real>(out: &mut [A], source: &[S], column: usize, scale: A) {
-    let value = |i: usize| scale * A::from_f64(source[i].load());
     let first = column.div_ceil(K);
     let (head, out) = out.split_at_mut((first * K - column).min(out.len()));
-    head.fill(value(column / K));
+    for value in head {
+        *value = scale * A::from_f64(source[column / K].load());
+    }
     let (groups, tail) = out.as_chunks_mut::<K>();
-    if !tail.is_empty() {
-        tail.fill(value(first + groups.len()));
+    for value in tail {
+        *value = scale * A::from_f64(source[first + groups.len()].load());
     }
     for (group, s) in groups.iter_mut().zip(&source[first..]) {
         *group = [scale * A::from_f64(s.load()); K];
@@ -207,7 +221,14 @@ fn add<A: Real>(noise: &Noise, at: usize, values: &mut [A]) {
     let normals = &mut normals[..values.len()];
     noise.stream.normal_fill(at as u64, normals);
     let amount = A::from_f64(noise.amount);
-    simd(|| values.iter_mut().zip(&*normals).for_each(|(v, &n)| *v = *v + amount * A::from_f64(f64::from(n))));
+    simd(
+        #[inline(always)]
+        || {
+            for (value, &normal) in values.iter_mut().zip(&*normals) {
+                *value += amount * A::from_f64(f64::from(normal));
+            }
+        },
+    );
 }
 
 /// The paired noise of one row of the target, kept while blocks of that row are written.
@@ -233,7 +254,7 @@ impl<A: Real> Paired<A> {
                 self.draw(row, map, stream, A::from_f64(k));
             }
             let normal = A::from_f64(f64::from(self.normals[column]));
-            *value = *value + amount * (normal - self.means[map.columns[column] as usize]);
+            *value += amount * (normal - self.means[map.columns[column] as usize]);
         }
     }
 
@@ -242,12 +263,12 @@ impl<A: Real> Paired<A> {
         self.normals.resize(map.columns.len(), 0.0);
         stream.normal_fill((row * map.columns.len()) as u64, &mut self.normals);
         self.means.clear();
-        self.means.resize(map.source_columns, A::from_f64(0.0));
+        self.means.resize(map.source_columns, A::ZERO);
         for (&column, &normal) in map.columns.iter().zip(&self.normals) {
             let mean = &mut self.means[column as usize];
-            *mean = *mean + A::from_f64(f64::from(normal));
+            *mean += A::from_f64(f64::from(normal));
         }
-        self.means.iter_mut().for_each(|m| *m = *m / k);
+        self.means.iter_mut().for_each(|m| *m /= k);
     }
 }
 

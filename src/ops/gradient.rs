@@ -63,7 +63,10 @@ impl<F: Real> Gradient for Cpu<F> {
                 let target = target.into_slice::<T>();
                 assert_eq!(target.len(), source.len());
                 self.pool().for_rows(RowsMut::new(target, 1), TASK, |range, target| {
-                    simd(|| accumulate(target, &source[range], add));
+                    simd(
+                        #[inline(always)]
+                        || accumulate(target, &source[range], add),
+                    );
                 });
             });
         });
@@ -118,24 +121,34 @@ impl<F: Real> Gradient for Cpu<F> {
 #[inline(always)]
 fn accumulate<T: Float, S: Float>(target: &mut [T], source: &[S], add: bool) {
     if add {
-        target.iter_mut().zip(source).for_each(|(t, s)| *t = T::store(t.load() + s.load()));
+        for (t, s) in target.iter_mut().zip(source) {
+            *t = T::store(t.load() + s.load());
+        }
     } else {
-        target.iter_mut().zip(source).for_each(|(t, s)| *t = T::store(s.load()));
+        for (t, s) in target.iter_mut().zip(source) {
+            *t = T::store(s.load());
+        }
     }
 }
 
 /// Σ x², in f64 and in 16 lanes, whatever the machine. `load` gives an element's value.
 pub(super) fn square_sum<T: Copy>(x: &[T], load: impl Fn(T) -> f64) -> f64 {
-    let mut lanes = [0.0; 16];
-    simd(|| {
-        let (blocks, rest) = x.as_chunks::<16>();
-        for block in blocks.iter().map(|b| &b[..]).chain([rest]) {
-            for (lane, &x) in lanes.iter_mut().zip(block) {
+    simd(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0; 16];
+            let (blocks, rest) = x.as_chunks::<16>();
+            for block in blocks {
+                for (lane, &x) in lanes.iter_mut().zip(block) {
+                    *lane += load(x) * load(x);
+                }
+            }
+            for (lane, &x) in lanes.iter_mut().zip(rest) {
                 *lane += load(x) * load(x);
             }
-        }
-    });
-    lanes.iter().sum()
+            lanes.iter().sum()
+        },
+    )
 }
 
 #[cfg(test)]

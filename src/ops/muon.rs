@@ -93,13 +93,16 @@ fn add_momentum<F: Real, G: Real>(pool: &Pool, u: &mut [F], m: &mut [F], gradien
     assert_eq!(gradient.len(), u.len());
     let (factor, momentum) = (F::from_f64(factor), F::from_f64(MOMENTUM));
     pool.for_rows((RowsMut::new(u, 1), RowsMut::new(m, 1)), TASK, |range, (u, m)| {
-        simd(|| {
-            for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
-                let g = factor * F::from_f64(g.to_f64());
-                *m = momentum * *m + g;
-                *u = g + momentum * *m;
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
+                    let g = factor * F::from_f64(g.to_f64());
+                    *m = momentum * *m + g;
+                    *u = g + momentum * *m;
+                }
+            },
+        );
     });
 }
 
@@ -108,7 +111,16 @@ fn normalise<F: Real>(pool: &Pool, x: &mut [F], eps: f64) {
     let tasks = x.len().div_ceil(TASK);
     let sum = pool.sum(tasks, |i| square_sum(&x[i * TASK..x.len().min((i + 1) * TASK)], F::to_f64));
     let scale = F::from_f64((sum.sqrt() + eps).recip());
-    pool.for_rows(RowsMut::new(x, 1), TASK, |_, x| simd(|| x.iter_mut().for_each(|x| *x = scale * *x)));
+    pool.for_rows(RowsMut::new(x, 1), TASK, |_, x| {
+        simd(
+            #[inline(always)]
+            || {
+                for x in x {
+                    *x *= scale;
+                }
+            },
+        );
+    });
 }
 
 /// The Newton-Schulz steps on the matrix in `x`; returns where the result is, `x` or `y`.
@@ -125,7 +137,7 @@ fn orthogonalise<'a, F: Real>(
     let (down, along) = if rows > columns { (1, columns) } else { (columns, 1) };
     let (a, b) = squares.split_at_mut(small * small);
     let [c1, c3, c5] = QUINTIC.map(F::from_f64);
-    let (zero, one, square) = (F::from_f64(0.0), F::from_f64(1.0), (small, 1));
+    let (zero, one, square) = (F::ZERO, F::ONE, (small, 1));
     for _ in 0..STEPS {
         gemm_on(pool, (small, small, large), one, (x, (down, along)), (x, (along, down)), zero, (a, square));
         b.copy_from_slice(a);
@@ -145,7 +157,10 @@ fn apply<F: Real>(pool: &Pool, weight: &mut [F], x: &[F], columns: usize, rate: 
         pool.for_rows(rows, TASK.div_ceil(columns), |range, (weight, sums)| {
             let x = x[range.start * columns..range.end * columns].chunks_exact(columns);
             for ((w, x), sum) in weight.chunks_exact_mut(columns).zip(x).zip(sums) {
-                *sum = simd(|| apply_row(w, x, rate, shrink));
+                *sum = simd(
+                    #[inline(always)]
+                    || apply_row(w, x, rate, shrink),
+                );
             }
         });
         sums.iter().sum()

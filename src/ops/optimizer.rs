@@ -95,12 +95,15 @@ impl<F: Real> Optimizer for Cpu<F> {
             let row = &pieces.rows[piece.row as usize];
             let gradients = gradients.slice(piece.range());
             if row.muon != 0 {
-                0.0
-            } else if gradients.dtype() == F::DTYPE {
-                simd(|| method.update(row, step, arenas, gradients.as_slice::<F>()))
-            } else {
-                simd(|| method.update(row, step, arenas, gradients.as_slice::<f64>()))
+                return 0.0;
             }
+            simd(
+                #[inline(always)]
+                || match gradients.dtype() == F::DTYPE {
+                    true => method.update(row, step, arenas, gradients.as_slice::<F>()),
+                    false => method.update(row, step, arenas, gradients.as_slice::<f64>()),
+                },
+            )
         });
     }
 }
@@ -137,55 +140,104 @@ impl Method {
     #[inline(always)]
     fn update<F: Real, G: Real>(self, row: &RowSettings, step: Step, arenas: [&mut [F]; 4], gradients: &[G]) -> f64 {
         let [weights, first, second, maximum] = arenas;
-        let (c, one, zero) = (F::from_f64, F::from_f64(1.0), F::from_f64(0.0));
+        let c = F::from_f64;
         let rate = step.lr * row.lr;
         let (lr, decay, shrink, eps) = (c(rate), c(row.decay), c(rate * row.decay), c(row.eps));
         let sweep = Sweep { weights, gradients, factor: c(step.factor) };
         match self {
-            Self::Sgd { momentum: 0.0, .. } => sweep.run([], |w, [], g| (w - lr * (g + decay * w), [])),
+            Self::Sgd { momentum: 0.0, .. } => sweep.run(
+                [],
+                #[inline(always)]
+                |w, [], g| (w - lr * (g + decay * w), []),
+            ),
             Self::Sgd { momentum, dampening, nesterov } => {
                 let (kept, entering) = if step.time <= 1.0 { (0.0, 1.0) } else { (momentum, 1.0 - dampening) };
                 let (of_g, of_m) = if nesterov { (1.0, momentum) } else { (0.0, 1.0) };
                 let (kept, entering, of_g, of_m) = (c(kept), c(entering), c(of_g), c(of_m));
-                sweep.run([first], |w, [m], g| {
-                    let g = g + decay * w;
-                    let m = kept * m + entering * g;
-                    (w - lr * (of_g * g + of_m * m), [m])
-                })
+                sweep.run(
+                    [first],
+                    #[inline(always)]
+                    |w, [m], g| {
+                        let g = g + decay * w;
+                        let m = kept * m + entering * g;
+                        (w - lr * (of_g * g + of_m * m), [m])
+                    },
+                )
             }
             Self::Adam { beta1, beta2, coupled, amsgrad } => {
-                let (l2, shrink) = if coupled { (decay, zero) } else { (zero, shrink) };
-                let lr = c(rate / (1.0 - beta1.powf(step.time)));
-                let correction = c((1.0 - beta2.powf(step.time)).sqrt().recip());
-                let (b1, g1, b2, g2) = (c(beta1), c(1.0 - beta1), c(beta2), c(1.0 - beta2));
-                let moments = |w, m, v, g| {
-                    let g = g + l2 * w;
-                    (b1 * m + g1 * g, b2 * v + g2 * g * g)
+                let adam = Adam {
+                    beta1: [c(beta1), c(1.0 - beta1)],
+                    beta2: [c(beta2), c(1.0 - beta2)],
+                    correction: c((1.0 - beta2.powf(step.time)).sqrt().recip()),
+                    lr: c(rate / (1.0 - beta1.powf(step.time))),
+                    eps,
+                    l2: if coupled { decay } else { F::ZERO },
+                    shrink: if coupled { F::ZERO } else { shrink },
                 };
-                let weight = |w, m, v: F| w - shrink * w - lr * m / (v.sqrt() * correction + eps);
                 if amsgrad {
-                    sweep.run([first, second, maximum], |w, [m, v, max], g| {
-                        let (m, v) = moments(w, m, v, g);
-                        let max = if v > max { v } else { max };
-                        (weight(w, m, max), [m, v, max])
-                    })
+                    sweep.run(
+                        [first, second, maximum],
+                        #[inline(always)]
+                        |w, [m, v, max], g| {
+                            let (m, v) = adam.moments(w, m, v, g);
+                            let max = if v > max { v } else { max };
+                            (adam.weight(w, m, max), [m, v, max])
+                        },
+                    )
                 } else {
-                    sweep.run([first, second], |w, [m, v], g| {
-                        let (m, v) = moments(w, m, v, g);
-                        (weight(w, m, v), [m, v])
-                    })
+                    sweep.run(
+                        [first, second],
+                        #[inline(always)]
+                        |w, [m, v], g| {
+                            let (m, v) = adam.moments(w, m, v, g);
+                            (adam.weight(w, m, v), [m, v])
+                        },
+                    )
                 }
             }
             Self::Lion { beta1, beta2 } => {
                 let (b1, g1, b2, g2) = (c(beta1), c(1.0 - beta1), c(beta2), c(1.0 - beta2));
-                sweep.run([first], |w, [m], g| {
-                    let u = b1 * m + g1 * g;
-                    let positive = if u > zero { one } else { zero };
-                    let negative = if u < zero { one } else { zero };
-                    (w - shrink * w - lr * (positive - negative), [b2 * m + g2 * g])
-                })
+                sweep.run(
+                    [first],
+                    #[inline(always)]
+                    |w, [m], g| {
+                        let u = b1 * m + g1 * g;
+                        let positive = if u > F::ZERO { F::ONE } else { F::ZERO };
+                        let negative = if u < F::ZERO { F::ONE } else { F::ZERO };
+                        (w - shrink * w - lr * (positive - negative), [b2 * m + g2 * g])
+                    },
+                )
             }
         }
+    }
+}
+
+/// Adam's constants for one row and step.
+struct Adam<F> {
+    /// β and 1 − β.
+    beta1: [F; 2],
+    beta2: [F; 2],
+    /// 1 / √(1 − β₂ᵗ).
+    correction: F,
+    /// Learning rate / (1 − β₁ᵗ).
+    lr: F,
+    eps: F,
+    /// Coupled decay.
+    l2: F,
+    /// Learning rate × decoupled decay.
+    shrink: F,
+}
+
+impl<F: Real> Adam<F> {
+    #[inline(always)]
+    fn moments(&self, w: F, m: F, v: F, g: F) -> (F, F) {
+        let g = g + self.l2 * w;
+        (self.beta1[0] * m + self.beta1[1] * g, self.beta2[0] * v + self.beta2[1] * g * g)
+    }
+
+    #[inline(always)]
+    fn weight(&self, w: F, m: F, v: F) -> F {
+        w - self.shrink * w - self.lr * m / (v.sqrt() * self.correction + self.eps)
     }
 }
 
@@ -206,29 +258,49 @@ impl<F: Real, G: Real> Sweep<'_, F, G> {
         let len = self.weights.len();
         assert!(self.gradients.len() == len && moments.iter().all(|m| m.len() == len), "arenas are laid out alike");
         let mut changes = [0.0; LANES];
-        let (weights, weights_tail) = self.weights.as_chunks_mut::<LANES>();
-        let (gradients, gradients_tail) = self.gradients.as_chunks::<LANES>();
-        let mut moments = moments.map(|m| m.as_chunks_mut::<LANES>());
-        for (i, (w, g)) in weights.iter_mut().zip(gradients).enumerate() {
+        for start in (0..len).step_by(LANES) {
+            let end = len.min(start + LANES);
+            // The last block is filled up with zeros, so that there is one loop, of a fixed length.
+            let mut w = load(&self.weights[start..end]);
+            let g = load(&self.gradients[start..end]);
+            let mut m = [[F::ZERO; LANES]; M];
+            for k in 0..M {
+                m[k] = load(&moments[k][start..end]);
+            }
             for lane in 0..LANES {
-                let old = moments.each_ref().map(|(m, _)| m[i][lane]);
+                let mut old = [F::ZERO; M];
+                for k in 0..M {
+                    old[k] = m[k][lane];
+                }
                 let (weight, new) = rule(w[lane], old, self.factor * F::from_f64(g[lane].to_f64()));
-                moments.iter_mut().zip(new).for_each(|((m, _), new)| m[i][lane] = new);
+                for k in 0..M {
+                    m[k][lane] = new[k];
+                }
                 let change = (weight - w[lane]).to_f64();
                 changes[lane] += change * change;
                 w[lane] = weight;
             }
-        }
-        for (lane, (w, g)) in weights_tail.iter_mut().zip(gradients_tail).enumerate() {
-            let old = moments.each_ref().map(|(_, m)| m[lane]);
-            let (weight, new) = rule(*w, old, self.factor * F::from_f64(g.to_f64()));
-            moments.iter_mut().zip(new).for_each(|((_, m), new)| m[lane] = new);
-            let change = (weight - *w).to_f64();
-            changes[lane] += change * change;
-            *w = weight;
+            store(&mut self.weights[start..end], &w);
+            for k in 0..M {
+                store(&mut moments[k][start..end], &m[k]);
+            }
         }
         changes.iter().sum()
     }
+}
+
+#[inline(always)]
+fn load<F: Real>(x: &[F]) -> [F; LANES] {
+    let mut block = [F::ZERO; LANES];
+    // A length that the compiler knows makes registers of the block; so in `store`.
+    if x.len() == LANES { block.copy_from_slice(x) } else { block[..x.len()].copy_from_slice(x) }
+    block
+}
+
+#[inline(always)]
+fn store<F: Real>(x: &mut [F], block: &[F; LANES]) {
+    let len = x.len();
+    if len == LANES { x.copy_from_slice(block) } else { x.copy_from_slice(&block[..len]) }
 }
 
 #[cfg(test)]
