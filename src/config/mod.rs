@@ -414,6 +414,9 @@ impl UpscaleConfig {
     pub fn multiplicities(&self, dims: &Dims) -> Result<Dims> {
         let mut times = Dims::default();
         if let Some(k) = self.width {
+            if k == 0 {
+                return Err(Error::config("width", k, "a multiplicity must be 1 or more"));
+            }
             let widened = |w: Width| !matches!(w, Width::Group | Width::HeadDim);
             dims.iter().filter(|&(w, _)| widened(w)).for_each(|(w, _)| times.set(w, k));
         }
@@ -428,7 +431,7 @@ impl UpscaleConfig {
             k.into_iter().for_each(|k| times.set(width, k));
         }
         for (i, &k) in self.hidden.iter().flatten().enumerate() {
-            times.set(Width::Hidden(i as u16 + 1), k);
+            times.set(Width::Hidden(u16::try_from(i + 1).unwrap_or(u16::MAX)), k);
         }
         if times.iter().next().is_none() {
             let why = "nothing to widen: give a width, for example width = 2 (or --width 2)";

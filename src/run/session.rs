@@ -15,7 +15,7 @@ use crate::{
     },
     ops::Ops,
     report::{
-        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
+        metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress, Show},
     },
     state::{Meaning, Position, Progress as Saved, State},
@@ -220,7 +220,8 @@ impl<B: Ops> Session<B> {
             if due(self.config.checkpoint.every) || stop {
                 self.save()?;
             }
-            if stop {
+            // A signal during the last step finds nothing to interrupt.
+            if stop && step < self.config.steps {
                 let checkpoint = self.store.path(step);
                 return Err(Error::Interrupted { step, checkpoint, run: self.config.run });
             }
@@ -344,13 +345,16 @@ impl<B: Ops> Session<B> {
     }
 }
 
-/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing but
-/// an earlier run.
+/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing
+/// that no run made.
 fn new_run_folder(run: &Path, force: bool) -> Result<()> {
     let mut entries = match fs::read_dir(run) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return fs::create_dir_all(run).map_err(Error::io("create", run));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Error::config("run", run.display(), "is, or lies in, a file: choose another name"));
         }
         Err(e) => return Err(Error::io("read", run)(e)),
     };
@@ -360,12 +364,20 @@ fn new_run_folder(run: &Path, force: bool) -> Result<()> {
     if !force {
         return Err(Error::Exists { path: run.into() });
     }
-    if !run.join(CONFIG_FILE).exists() {
-        return Err(Error::file(
-            run,
-            format!("is a folder that no run made (it has no {CONFIG_FILE}): --force does not remove it"),
-        ));
+    let checkpoints = Store::new(run).dir().to_path_buf();
+    if !run.join(CONFIG_FILE).is_file() || !checkpoints.is_dir() {
+        let why = format!(
+            "is a folder that no run made (it has no {CONFIG_FILE} or no checkpoints/): --force does not replace it; choose another name"
+        );
+        return Err(Error::file(run, why));
     }
-    fs::remove_dir_all(run).map_err(Error::io("remove", run))?;
-    fs::create_dir_all(run).map_err(Error::io("create", run))
+    fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
+    for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
+        let path = run.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
