@@ -9,6 +9,15 @@
 use std::{marker::PhantomData, ops::Range};
 
 use super::{math::Real, parallel::Pool};
+use gemm_common::Parallelism;
+
+/// The crate's product for an element type: m, n, k; C with column and row stride, and whether it is read; A and B with
+/// theirs; the factors on C and on the product; conjugations; threads.
+#[rustfmt::skip]
+pub type Kernel<F> = unsafe fn(
+    usize, usize, usize, *mut F, isize, isize, bool, *const F, isize, isize, *const F, isize, isize,
+    F, F, bool, bool, bool, Parallelism,
+);
 
 /// Multiply-adds in a tile that one thread takes some 80 µs for: less is not worth handing out.
 const TILE_WORK: usize = 3 << 21;
@@ -142,7 +151,7 @@ impl<'a, F: Real> Product<'a, F> {
         // k = 0, A and B have no elements: the crate reads neither, and wrapping arithmetic on a pointer is harmless.)
         // The tile's part of C is ours by this function's contract. F is f32 or f64, which the crate supports.
         unsafe {
-            gemm::gemm(
+            F::kernel()(
                 rows.len(),
                 columns.len(),
                 depth.len(),
@@ -161,7 +170,7 @@ impl<'a, F: Real> Product<'a, F> {
                 false,
                 false,
                 false,
-                gemm::Parallelism::None,
+                Parallelism::None,
             );
         }
     }

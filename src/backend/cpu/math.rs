@@ -5,6 +5,7 @@
 //! them become vector code, and every instruction set gives the same bits. Their polynomials are near-minimax fits made
 //! for this file; the largest errors, in units in the last place over all floats, are in the tests.
 
+use super::gemm::Kernel;
 use std::{
     fmt::{Debug, Display},
     iter::Sum,
@@ -39,6 +40,8 @@ pub trait Real:
     /// −∞, where a maximum starts.
     const NEG_INFINITY: Self;
 
+    /// The matrix product of this type, for the instruction set of this machine.
+    fn kernel() -> Kernel<Self>;
     /// The nearest number of this type.
     fn from_f64(x: f64) -> Self;
     /// The same number in f64.
@@ -97,6 +100,10 @@ macro_rules! shared_by_both {
 impl Real for f64 {
     shared_by_both!(f64);
 
+    fn kernel() -> Kernel<Self> {
+        gemm_f64::gemm::f64::get_gemm_fn()
+    }
+
     #[inline(always)]
     fn exp(self) -> Self {
         f64::exp(self)
@@ -117,6 +124,10 @@ impl Real for f64 {
 
 impl Real for f32 {
     shared_by_both!(f32);
+
+    fn kernel() -> Kernel<Self> {
+        gemm_f32::gemm::f32::get_gemm_fn()
+    }
 
     /// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + r + r²·P(r); times 2ⁿ in two steps, so that denormals round once.
     #[inline(always)]

@@ -3,7 +3,7 @@
 use super::{
     Activations, Decoder,
     activations::{Parts, Scratch},
-    forward::slot,
+    forward::{Pass, slot},
 };
 use crate::{
     backend::{Mut, Ref, Stream, Tensor},
@@ -25,7 +25,7 @@ impl<B: Ops> Decoder<B> {
         micro: MicroBatch,
         token_scale: f64,
     ) {
-        self.forward(backend, w, acts, batch, micro);
+        self.forward(backend, w, acts, &mut Pass::new(batch, micro));
         let rows = micro.rows();
         let mut scratch = acts.0.scratch.take().expect("activations were planned for training");
         let a = &mut acts.0;
@@ -77,7 +77,7 @@ impl<B: Ops> Decoder<B> {
         }
         if a.inner.len() == 1 {
             self.block_input_again(backend, w, a, l, micro.rows());
-            self.attention_half(backend, w, a, l, batch, micro);
+            self.attention_half(backend, w, a, l, &mut Pass::new(batch, micro));
         }
         if a.hidden.len() == 1 {
             self.mlp_hidden(backend, w, a, l, micro.rows());
@@ -176,7 +176,7 @@ impl<B: Ops> Decoder<B> {
     ) {
         let tokens = batch.inputs.slice(0..micro.rows());
         // A tied embedding already holds the readout's gradient.
-        let (shape, accumulate) = (self.embedding_shape(micro), self.spec.tied);
+        let (shape, accumulate) = (self.embedding_shape(micro, 0), self.spec.tied);
         match &self.rows.positions {
             Some(positions) => {
                 let (dweight, dpositions) = g.pair(&self.rows.embedding, positions);

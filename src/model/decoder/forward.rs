@@ -1,103 +1,130 @@
-//! The decoder's forward pass.
+//! The decoder's forward pass: the same for training, evaluation and generation.
 
-use super::{Activations, BlockRows, Decoder, activations::Parts};
+use super::{
+    Activations, BlockRows, Decoder, Layer,
+    activations::{Inner, Parts},
+};
 use crate::{
     backend::{Mut, Ref, Tensor},
     model::{Batch, MicroBatch, Weights, spec::FeedForward},
-    ops::{Ops, attention::Strided, embedding::EmbeddingShape, norm::Residual},
+    ops::{
+        Ops,
+        attention::{AttentionShape, Strided},
+        embedding::EmbeddingShape,
+        norm::Residual,
+    },
 };
+
+/// What a forward pass is over: the first positions of a batch, perhaps behind others whose keys and values are cached.
+pub(super) struct Pass<'a, B: Ops> {
+    pub batch: &'a Batch<B>,
+    pub micro: MicroBatch,
+    /// Rows of Q, K and V of all tokens so far, for each block (context × row), and the number of tokens so far. Only
+    /// with one sequence.
+    pub cache: Option<(&'a mut [Tensor<B>], usize)>,
+}
+
+impl<'a, B: Ops> Pass<'a, B> {
+    /// A pass over a whole batch.
+    pub fn new(batch: &'a Batch<B>, micro: MicroBatch) -> Self {
+        Self { batch, micro, cache: None }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.micro.rows()
+    }
+
+    /// Tokens that stand before.
+    pub fn start(&self) -> usize {
+        self.cache.as_ref().map_or(0, |(_, start)| *start)
+    }
+}
 
 impl<B: Ops> Decoder<B> {
     /// From tokens to the normalised residual stream at the end, `acts.norm`.
-    pub(super) fn forward(
+    pub(super) fn forward(&self, backend: &B, w: Weights<'_, B>, acts: &mut Activations<B>, pass: &mut Pass<'_, B>) {
+        let (a, rows) = (&mut acts.0, pass.rows());
+        let positions = self.rows.positions.as_ref().map(|p| w.get(p));
+        let tokens = pass.batch.inputs.slice(0..rows);
+        let shape = self.embedding_shape(pass.micro, pass.start());
+        backend.embed(self.stream_mut(&mut a.x[0], rows), tokens, w.get(&self.rows.embedding), positions, shape);
+        for l in 0..self.spec.layers {
+            self.block_input(backend, w, a, l, rows);
+            self.attention_half(backend, w, a, l, pass);
+            self.mlp_half(backend, w, a, l, rows);
+        }
+        let (x, last) = (a.x.len() - 1, slot(&a.inner, self.spec.layers - 1));
+        let residual = Residual {
+            sum: self.stream_mut(&mut a.x[x], rows),
+            branch: self.stream(&a.branch, rows),
+            scale: self.spec.alphas.residual,
+        };
+        let middle = self.stream(&a.inner[last].middle, rows);
+        self.normalise(backend, w, &self.rows.norm, (&mut a.norm, &mut a.statistics), middle, Some(residual), rows);
+    }
+
+    pub(super) fn embedding_shape(&self, micro: MicroBatch, start: usize) -> EmbeddingShape {
+        let (rows, sequence) = (micro.rows(), micro.length);
+        EmbeddingShape { rows, width: self.width(), sequence, start, scale: self.spec.alphas.embedding }
+    }
+
+    /// The first `rows` rows of a tensor as wide as the residual stream.
+    fn stream<'t>(&self, tensor: &'t Tensor<B>, rows: usize) -> Ref<'t, B> {
+        tensor.slice(0..rows * self.width())
+    }
+
+    fn stream_mut<'t>(&self, tensor: &'t mut Tensor<B>, rows: usize) -> Mut<'t, B> {
+        tensor.slice_mut(0..rows * self.width())
+    }
+
+    fn normalise(
         &self,
         backend: &B,
         w: Weights<'_, B>,
-        acts: &mut Activations<B>,
-        batch: &Batch<B>,
-        micro: MicroBatch,
+        layer: &Layer,
+        (y, statistics): (&mut Tensor<B>, &mut Tensor<B>),
+        x: Ref<'_, B>,
+        residual: Option<Residual<'_, B>>,
+        rows: usize,
     ) {
-        let a = &mut acts.0;
-        let rows = micro.rows();
-        let positions = self.rows.positions.as_ref().map(|p| w.get(p));
-        backend.embed(
-            a.x[0].view_mut(),
-            batch.inputs.slice(0..rows),
-            w.get(&self.rows.embedding),
-            positions,
-            self.embedding_shape(micro),
-        );
-        for l in 0..self.spec.layers {
-            self.block_input(backend, w, a, l, rows);
-            self.attention_half(backend, w, a, l, batch, micro);
-            self.mlp_half(backend, w, a, l, rows);
-        }
-        let last = a.x.len() - 1;
-        let middle = &a.inner[slot(&a.inner, self.spec.layers - 1)].middle;
-        let residual =
-            Residual { sum: a.x[last].view_mut(), branch: a.branch.view(), scale: self.spec.alphas.residual };
-        let layer = &self.rows.norm;
+        let (y, statistics) = (self.stream_mut(y, rows), statistics.slice_mut(0..2 * rows));
         let (gain, bias) = (w.get(&layer.weight), layer.bias.as_ref().map(|b| w.get(b)));
-        backend.norm(
-            a.norm.view_mut(),
-            a.statistics.view_mut(),
-            middle.view(),
-            Some(residual),
-            gain,
-            bias,
-            self.norm_shape(rows),
-        );
+        backend.norm(y, statistics, x, residual, gain, bias, self.norm_shape(rows));
     }
 
-    pub(super) fn embedding_shape(&self, micro: MicroBatch) -> EmbeddingShape {
-        EmbeddingShape {
-            rows: micro.rows(),
-            width: self.width(),
-            sequence: micro.length,
-            start: 0,
-            scale: self.spec.alphas.embedding,
-        }
+    fn apply(
+        &self,
+        backend: &B,
+        w: Weights<'_, B>,
+        layer: &Layer,
+        y: Mut<'_, B>,
+        x: Ref<'_, B>,
+        (rows, inputs, outputs): (usize, usize, usize),
+    ) {
+        let bias = layer.bias.as_ref().map(|b| w.get(b));
+        backend.linear(y, x, w.get(&layer.weight), bias, self.linear_shape(rows, inputs, outputs));
     }
 
     /// Adds what the block before returned to the residual stream, and normalises it: `x[l]`, `norm1`.
     fn block_input(&self, backend: &B, w: Weights<'_, B>, a: &mut Parts<Tensor<B>>, l: usize, rows: usize) {
-        let layer = &self.rows.blocks[l].norm1;
-        let (gain, bias) = (w.get(&layer.weight), layer.bias.as_ref().map(|b| w.get(b)));
-        let (here, x) = (slot(&a.inner, l), slot(&a.x, l));
         if l == 0 {
-            let inner = &mut a.inner[here];
-            backend.norm(
-                inner.norm1.view_mut(),
-                inner.statistics1.view_mut(),
-                a.x[x].view(),
-                None,
-                gain,
-                bias,
-                self.norm_shape(rows),
-            );
-            return;
+            return self.block_input_again(backend, w, a, l, rows);
         }
-        let before = slot(&a.inner, l - 1);
-        let residual = Residual { sum: a.x[x].view_mut(), branch: a.branch.view(), scale: self.spec.alphas.residual };
-        let (middle, inner) = if before == here {
-            let inner = &mut a.inner[here];
-            (&inner.middle, (&mut inner.norm1, &mut inner.statistics1))
-        } else {
-            let (low, high) = a.inner.split_at_mut(here);
-            (&low[before].middle, (&mut high[0].norm1, &mut high[0].statistics1))
+        let (before, here, x) = (slot(&a.inner, l - 1), slot(&a.inner, l), slot(&a.x, l));
+        let residual = Residual {
+            sum: self.stream_mut(&mut a.x[x], rows),
+            branch: self.stream(&a.branch, rows),
+            scale: self.spec.alphas.residual,
         };
-        backend.norm(
-            inner.0.view_mut(),
-            inner.1.view_mut(),
-            middle.view(),
-            Some(residual),
-            gain,
-            bias,
-            self.norm_shape(rows),
-        );
+        let layer = &self.rows.blocks[l].norm1;
+        // One block's activations may serve all of them.
+        let (low, high) = a.inner.split_at_mut(here);
+        let Inner { norm1, statistics1, middle, .. } = &mut high[0];
+        let middle = if before == here { &*middle } else { &low[before].middle };
+        self.normalise(backend, w, layer, (norm1, statistics1), self.stream(middle, rows), Some(residual), rows);
     }
 
-    /// The same from `x[l]` as it was kept: for backward, when the block is recomputed.
+    /// `norm1` from `x[l]` as it stands: for the first block, and where backward computes a block again.
     pub(super) fn block_input_again(
         &self,
         backend: &B,
@@ -106,134 +133,99 @@ impl<B: Ops> Decoder<B> {
         l: usize,
         rows: usize,
     ) {
-        let layer = &self.rows.blocks[l].norm1;
-        let (gain, bias) = (w.get(&layer.weight), layer.bias.as_ref().map(|b| w.get(b)));
-        let here = slot(&a.inner, l);
-        let inner = &mut a.inner[here];
-        backend.norm(
-            inner.norm1.view_mut(),
-            inner.statistics1.view_mut(),
-            a.x[l].view(),
-            None,
-            gain,
-            bias,
-            self.norm_shape(rows),
-        );
+        let (here, x) = (slot(&a.inner, l), slot(&a.x, l));
+        let (layer, inner) = (&self.rows.blocks[l].norm1, &mut a.inner[here]);
+        let x = self.stream(&a.x[x], rows);
+        self.normalise(backend, w, layer, (&mut inner.norm1, &mut inner.statistics1), x, None, rows);
     }
 
-    /// From `norm1` to `branch`, `middle` and `norm2`.
+    /// From `norm1` to `middle` and `norm2`.
     pub(super) fn attention_half(
         &self,
         backend: &B,
         w: Weights<'_, B>,
         a: &mut Parts<Tensor<B>>,
         l: usize,
-        batch: &Batch<B>,
-        micro: MicroBatch,
+        pass: &mut Pass<'_, B>,
     ) {
-        let (rows, heads, block) = (micro.rows(), self.heads(), &self.rows.blocks[l]);
+        let (rows, width, block) = (pass.rows(), self.width(), &self.rows.blocks[l]);
         let (here, x) = (slot(&a.inner, l), slot(&a.x, l));
         let inner = &mut a.inner[here];
-        let target = inner.projected.as_mut().unwrap_or(&mut inner.qkv);
-        self.project(backend, w, block, target.view_mut(), inner.norm1.view(), rows);
-        if let Some((projected, statistics)) = inner.projected.as_ref().zip(inner.head_statistics.as_mut()) {
-            self.normalise_heads(backend, w, block, inner.qkv.view_mut(), statistics.view_mut(), projected.view());
+        self.attend(backend, w, block, inner, l, pass);
+        let attended = self.heads().queries();
+        let (branch, attention) = (self.stream_mut(&mut a.branch, rows), inner.attention.slice(0..rows * attended));
+        self.apply(backend, w, &block.output, branch, attention, (rows, attended, width));
+        let residual = Residual {
+            sum: self.stream_mut(&mut inner.middle, rows),
+            branch: self.stream(&a.branch, rows),
+            scale: self.spec.alphas.residual,
+        };
+        let x = self.stream(&a.x[x], rows);
+        let target = (&mut inner.norm2, &mut inner.statistics2);
+        self.normalise(backend, w, &block.norm2, target, x, Some(residual), rows);
+    }
+
+    /// From `norm1` to `attention`, with Q, K and V in the block's activations or in the cache.
+    fn attend(
+        &self,
+        backend: &B,
+        w: Weights<'_, B>,
+        block: &BlockRows,
+        inner: &mut Inner<Tensor<B>>,
+        l: usize,
+        pass: &mut Pass<'_, B>,
+    ) {
+        let (rows, heads, start, length) = (pass.rows(), self.heads(), pass.start(), pass.micro.length);
+        let qkv = match &mut pass.cache {
+            Some((cache, _)) => &mut cache[l],
+            None => &mut inner.qkv,
+        };
+        let new = start * heads.row()..(start + rows) * heads.row();
+        let (x, size) = (inner.norm1.slice(0..rows * self.width()), (rows, self.width(), heads.row()));
+        match (&mut inner.projected, &mut inner.head_statistics, &block.qk_norm) {
+            (Some(projected), Some(statistics), Some((q, k))) => {
+                let all = 0..rows * heads.row();
+                self.apply(backend, w, &block.qkv, projected.slice_mut(all.clone()), x, size);
+                let statistics = statistics.slice_mut(0..rows * heads.kv_heads * (heads.group + 1));
+                let (out, eps) = (qkv.slice_mut(new.clone()), self.spec.norm_eps);
+                backend.head_norm(out, statistics, projected.slice(all), w.get(q), w.get(k), heads, eps);
+            }
+            _ => self.apply(backend, w, &block.qkv, qkv.slice_mut(new.clone()), x, size),
         }
         if let Some(angles) = &self.angles {
-            backend.rotate(inner.qkv.view_mut(), angles.view(), heads, rows, micro.length, 0, false);
+            backend.rotate(qkv.slice_mut(new.clone()), angles.view(), heads, rows, length, start, false);
         }
-        let part = |start| Strided {
-            view: inner.qkv.slice(start..rows * heads.row()),
-            stride: heads.row(),
-            rows: micro.length,
-        };
-        let (k, v) = (heads.queries(), heads.queries() + heads.keys());
-        let first_key = batch.first_key.as_ref().map(|f| f.slice(0..rows));
-        backend.attention(
-            inner.attention.view_mut(),
-            inner.log_sum_exp.view_mut(),
-            part(0),
-            part(k),
-            part(v),
-            first_key,
-            self.attention_shape(micro),
-        );
-        let output = &block.output;
-        let bias = output.bias.as_ref().map(|b| w.get(b));
-        let shape = self.linear_shape(rows, heads.queries(), self.width());
-        backend.linear(a.branch.view_mut(), inner.attention.view(), w.get(&output.weight), bias, shape);
-        let residual =
-            Residual { sum: inner.middle.view_mut(), branch: a.branch.view(), scale: self.spec.alphas.residual };
-        let (gain, bias) = (w.get(&block.norm2.weight), block.norm2.bias.as_ref().map(|b| w.get(b)));
-        backend.norm(
-            inner.norm2.view_mut(),
-            inner.statistics2.view_mut(),
-            a.x[x].view(),
-            Some(residual),
-            gain,
-            bias,
-            self.norm_shape(rows),
-        );
-    }
-
-    /// Q, K and V of normalised rows.
-    pub(super) fn project(
-        &self,
-        backend: &B,
-        w: Weights<'_, B>,
-        block: &BlockRows,
-        qkv: Mut<'_, B>,
-        x: Ref<'_, B>,
-        rows: usize,
-    ) {
-        let bias = block.qkv.bias.as_ref().map(|b| w.get(b));
-        let shape = self.linear_shape(rows, self.width(), self.heads().row());
-        backend.linear(qkv, x, w.get(&block.qkv.weight), bias, shape);
-    }
-
-    pub(super) fn normalise_heads(
-        &self,
-        backend: &B,
-        w: Weights<'_, B>,
-        block: &BlockRows,
-        out: Mut<'_, B>,
-        statistics: Mut<'_, B>,
-        projected: Ref<'_, B>,
-    ) {
-        let Some((q, k)) = &block.qk_norm else { return };
-        backend.head_norm(out, statistics, projected, w.get(q), w.get(k), self.heads(), self.spec.norm_eps);
+        let part = |from: usize| Strided { view: qkv.slice(from..new.end), stride: heads.row(), rows: start + length };
+        let (q, k, v) = (part(new.start), part(heads.queries()), part(heads.queries() + heads.keys()));
+        let first_key = pass.batch.first_key.as_ref().map(|f| f.slice(0..rows));
+        let out = inner.attention.slice_mut(0..rows * heads.queries());
+        let sums = inner.log_sum_exp.slice_mut(0..rows * heads.kv_heads * heads.group);
+        let shape = AttentionShape { keys: start + length, ..self.attention_shape(pass.micro) };
+        backend.attention(out, sums, q, k, v, first_key, shape);
     }
 
     /// From `norm2` to `branch`.
     fn mlp_half(&self, backend: &B, w: Weights<'_, B>, a: &mut Parts<Tensor<B>>, l: usize, rows: usize) {
         self.mlp_hidden(backend, w, a, l, rows);
-        let down = &self.rows.blocks[l].down;
-        let bias = down.bias.as_ref().map(|b| w.get(b));
-        let here = slot(&a.hidden, l);
-        let shape = self.linear_shape(rows, self.ffn(), self.width());
-        backend.linear(a.branch.view_mut(), a.hidden[here].after.view(), w.get(&down.weight), bias, shape);
+        let (down, here) = (&self.rows.blocks[l].down, slot(&a.hidden, l));
+        let hidden = a.hidden[here].after.slice(0..rows * self.ffn());
+        let branch = self.stream_mut(&mut a.branch, rows);
+        self.apply(backend, w, down, branch, hidden, (rows, self.ffn(), self.width()));
     }
 
     /// From `norm2` to the hidden layer, before and after the activation.
     pub(super) fn mlp_hidden(&self, backend: &B, w: Weights<'_, B>, a: &mut Parts<Tensor<B>>, l: usize, rows: usize) {
         let (up, here) = (&self.rows.blocks[l].up, slot(&a.hidden, l));
-        let bias = up.bias.as_ref().map(|b| w.get(b));
-        let inner = &a.inner[slot(&a.inner, l)];
+        let norm2 = self.stream(&a.inner[slot(&a.inner, l)].norm2, rows);
         let hidden = &mut a.hidden[here];
         let gated = self.spec.feed_forward == FeedForward::Gated;
         let outputs = self.ffn() * if gated { 2 } else { 1 };
-        backend.linear(
-            hidden.before.view_mut(),
-            inner.norm2.view(),
-            w.get(&up.weight),
-            bias,
-            self.linear_shape(rows, self.width(), outputs),
-        );
+        let before = 0..rows * outputs;
+        self.apply(backend, w, up, hidden.before.slice_mut(before.clone()), norm2, (rows, self.width(), outputs));
+        let (after, before) = (hidden.after.slice_mut(0..rows * self.ffn()), hidden.before.slice(before));
         match self.spec.feed_forward {
-            FeedForward::Plain { activation } => {
-                backend.activate(hidden.after.view_mut(), hidden.before.view(), activation)
-            }
-            FeedForward::Gated => backend.gate(hidden.after.view_mut(), hidden.before.view(), self.ffn()),
+            FeedForward::Plain { activation } => backend.activate(after, before, activation),
+            FeedForward::Gated => backend.gate(after, before, self.ffn()),
         }
     }
 
@@ -246,19 +238,11 @@ impl<B: Ops> Decoder<B> {
         batch: &Batch<B>,
         micro: MicroBatch,
     ) {
-        self.forward(backend, w, acts, batch, micro);
-        let a = &mut acts.0;
-        let targets = batch.targets.slice(0..micro.rows());
-        backend.cross_entropy(
-            a.losses.view_mut(),
-            None,
-            a.logits.view_mut(),
-            a.norm.view(),
-            w.get(&self.rows.readout),
-            None,
-            targets,
-            self.readout_shape(micro.rows()),
-        );
+        self.forward(backend, w, acts, &mut Pass::new(batch, micro));
+        let (a, shape) = (&mut acts.0, self.readout_shape(micro.rows()));
+        let (readout, targets) = (w.get(&self.rows.readout), batch.targets.slice(0..micro.rows()));
+        let (losses, logits) = (a.losses.view_mut(), a.logits.view_mut());
+        backend.cross_entropy(losses, None, logits, a.norm.view(), readout, None, targets, shape);
     }
 }
 
