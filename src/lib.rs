@@ -51,6 +51,7 @@
 //! closest alternatives.
 
 pub mod backend;
+pub mod bench;
 pub mod checkpoint;
 pub mod comm;
 pub mod commands;

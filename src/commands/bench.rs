@@ -1,8 +1,123 @@
-//! `bench`.
-use crate::Result;
+//! `bench`: speed, measured as anyone can repeat it.
+
+use super::print_json;
+use crate::{
+    Result,
+    bench::{self, Preset, UpscaleBench},
+    report::human,
+};
+use std::path::PathBuf;
+
 /// Benchmarks.
 #[derive(clap::Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Time a training step of a small GPT-2 on random tokens
+    Train(TrainArgs),
+    /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
+    Upscale(UpscaleArgs),
+}
+
+/// Arguments of `bench train`.
+#[derive(clap::Args)]
+pub struct TrainArgs {
+    /// Model and device
+    #[arg(long, default_value = "cpu-w256")]
+    preset: Preset,
+    /// Steps to time, after 3 that are not
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// CPU threads; 0: all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Measure where a step's time goes, too
+    #[arg(long)]
+    profile: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `bench upscale`. Defaults are GPT-2 with 124 million parameters, twice as wide.
+#[derive(clap::Args)]
+pub struct UpscaleArgs {
+    /// Width of the narrow model, a multiple of 64
+    #[arg(long, default_value_t = 768)]
+    width: usize,
+    /// Its layers
+    #[arg(long, default_value_t = 12)]
+    layers: usize,
+    /// Its vocabulary
+    #[arg(long, default_value_t = 50257)]
+    vocab: usize,
+    /// How many times wider it gets
+    #[arg(long, default_value_t = 2)]
+    times: usize,
+    /// σ of the noise
+    #[arg(long, value_name = "σ", default_value_t = 0.1)]
+    noise: f64,
+    /// CPU threads; 0: all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Folder for the narrow checkpoint (1.5 GB by default), which is removed at the end; the system's temporary
+    /// folder if left out
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 pub fn run(command: Command) -> Result<()> {
-    match command {}
+    match command {
+        Command::Train(args) => train(args),
+        Command::Upscale(args) => upscale(args),
+    }
+}
+
+fn train(args: TrainArgs) -> Result<()> {
+    let speed = bench::train(args.preset, args.steps as usize, args.threads, args.profile)?;
+    if args.json {
+        return print_json(&speed);
+    }
+    println!(
+        "width {}, {} parameters, {}: {:.1} ms a step (best {:.1}), {}, {:.3} TFLOP/s",
+        speed.width,
+        human::count(speed.parameters as f64),
+        speed.device,
+        speed.ms_per_step,
+        speed.ms_best,
+        human::rate(speed.tokens_per_second, "tokens"),
+        speed.tflops
+    );
+    for place in speed.profile.iter().flatten() {
+        println!("  {:8.2} ms  {:5.1} ×  {}", place.ms, place.calls, place.place);
+    }
+    Ok(())
+}
+
+fn upscale(args: UpscaleArgs) -> Result<()> {
+    let speed = bench::upscale(&UpscaleBench {
+        width: args.width,
+        layers: args.layers,
+        vocab: args.vocab,
+        times: args.times,
+        noise: args.noise,
+        threads: args.threads,
+        folder: args.folder.unwrap_or_else(std::env::temp_dir),
+    })?;
+    if args.json {
+        return print_json(&speed);
+    }
+    let count = |n: usize| human::count(n as f64);
+    println!("{} → {} parameters, σ = {}", count(speed.parameters), count(speed.wide_parameters), speed.noise);
+    println!("  open and verify     {:.3} s", speed.open_seconds);
+    println!("  into fresh memory   {:.3} s", speed.first_touch_seconds);
+    println!(
+        "  into touched memory {:.3} s, {:.2} GB/s (best {:.2}); a plain fill runs at {:.2} GB/s",
+        speed.seconds, speed.gb_per_second, speed.gb_per_second_best, speed.fill_gb_per_second
+    );
+    if let Some(most) = speed.anonymous_over_wide {
+        println!("  anonymous memory    {most:.3} × the wide state");
+    }
+    Ok(())
 }

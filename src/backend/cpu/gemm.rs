@@ -52,6 +52,7 @@ pub(crate) fn gemm<F: Real>(
 }
 
 /// [`gemm`] on all threads of the pool.
+#[track_caller]
 pub(crate) fn gemm_on<F: Real>(
     pool: &Pool,
     shape: (usize, usize, usize),

@@ -5,6 +5,9 @@
 //! second takes a block of classes each, and adds the chunk to their rows of dweight, in the order of chunks. How much
 //! a task takes depends on the shape alone.
 //!
+//! A task's logits are kept transposed, classes × tokens. The weights, which stream through the cache, are then read as
+//! they lie by every product, and maxima, exponentials and sums go down the columns, a vector of tokens at a time.
+//!
 //! Probabilities are never formed. With c the factor on a token's loss, its dlogits are (e − S·onehot) · c/S, so S is
 //! subtracted at the target, and the factor goes into dx after its product and into x before that of dweight.
 
@@ -14,38 +17,56 @@ use crate::backend::{
     cpu::{
         Cpu, Real,
         gemm::{gemm, gemm_on},
-        math::{max, simd, sum},
-        parallel::RowsMut,
+        math::vectorize,
+        parallel::{RowsMut, scratch as scratch_of_thread},
     },
 };
 use std::ops::Range;
 
-/// Logits of a task of the first round: what the cache of a core holds beside the weights that stream through it.
-const TASK_LOGITS: usize = 1 << 18;
+/// Logits of a task of the first round: what the cache of a core holds.
+const TASK_LOGITS: usize = 1 << 19;
+/// Tokens of a task, at the most.
+const TASK_TOKENS: usize = 64;
 /// Tasks of the first round in a chunk.
 const CHUNK_TASKS: usize = 8;
 /// Classes of a task of the second round.
 const CLASS_BLOCK: usize = 512;
-/// Elements whose exponentials are summed in the compute type; such sums are added in f64.
+/// Exponentials that are summed in the compute type; such sums are added in f64.
 const SUM_BLOCK: usize = 1024;
 
-/// How scratch is divided. A row of it belongs to a token: logits, then x times the token's factor, then the factor.
-/// The tail also keeps rows from lying a power of two apart, where columns would share few cache lines.
+/// How tokens are divided.
 #[derive(Clone, Copy)]
 struct Chunks {
     /// Tokens of a task.
     task: usize,
+    /// Elements of scratch of a task.
+    memory: usize,
     /// Tokens of a chunk.
     chunk: usize,
-    /// Elements of a row.
-    stride: usize,
 }
 
 impl Chunks {
     fn new(shape: ReadoutShape) -> Self {
-        let task = (TASK_LOGITS / shape.padded).clamp(8, 64) / 8 * 8;
-        let chunk = (task * CHUNK_TASKS).min(shape.rows);
-        Self { task, chunk, stride: shape.padded + shape.width + 16 }
+        let task = (TASK_LOGITS / shape.padded).clamp(8, TASK_TOKENS) / 8 * 8;
+        Self { task, memory: task * (shape.padded + shape.width + 1), chunk: task * CHUNK_TASKS }
+    }
+}
+
+/// Scratch of a task.
+struct Memory<'a, F> {
+    /// Logits, then e − S·onehot; classes × tokens.
+    e: &'a mut [F],
+    /// x times the token's factor; tokens × width.
+    scaled: &'a mut [F],
+    /// The factor of a token.
+    factors: &'a mut [F],
+}
+
+impl<'a, F> Memory<'a, F> {
+    fn new(memory: &'a mut [F], tokens: usize, shape: ReadoutShape) -> Self {
+        let (e, rest) = memory.split_at_mut(tokens * shape.padded);
+        let (scaled, rest) = rest.split_at_mut(tokens * shape.width);
+        Self { e: &mut e[..tokens * shape.classes], scaled, factors: &mut rest[..tokens] }
     }
 }
 
@@ -59,13 +80,12 @@ struct Readout<'a, F> {
     shape: ReadoutShape,
     /// Factor on the loss of a token.
     loss_scale: f64,
-    stride: usize,
 }
 
 impl<F: Real> Head for Cpu<F> {
     fn cross_entropy_scratch(&self, shape: ReadoutShape) -> usize {
         let chunks = Chunks::new(shape);
-        chunks.chunk * chunks.stride
+        chunks.memory * shape.rows.div_ceil(chunks.task).min(CHUNK_TASKS)
     }
 
     fn cross_entropy(
@@ -80,7 +100,7 @@ impl<F: Real> Head for Cpu<F> {
         shape: ReadoutShape,
     ) {
         let (width, padded) = (shape.width, shape.padded);
-        let Chunks { task, chunk, stride } = Chunks::new(shape);
+        let Chunks { task, memory, chunk } = Chunks::new(shape);
         let readout = Readout {
             x: &x.as_slice()[..shape.rows * width],
             weight: &weight.as_slice()[..padded * width],
@@ -88,7 +108,6 @@ impl<F: Real> Head for Cpu<F> {
             targets: targets.as_slice(),
             shape,
             loss_scale: gradients.as_ref().map_or(0.0, |g| g.scale),
-            stride,
         };
         let scratch = scratch.into_slice::<F>();
         let losses = losses.into_slice::<F>();
@@ -96,26 +115,37 @@ impl<F: Real> Head for Cpu<F> {
             gradients.map(|g| (g.dx.into_slice::<F>(), g.dweight.into_slice::<F>(), g.dbias.map(Mut::into_slice::<F>)));
         for (start, losses) in (0..shape.rows).step_by(chunk).zip(losses.chunks_mut(chunk)) {
             let tokens = losses.len();
-            let scratch = &mut scratch[..tokens * stride];
-            let (rows, losses) = (RowsMut::new(scratch, stride), RowsMut::new(losses, 1));
+            let scratch = &mut scratch[..tokens.div_ceil(task) * memory];
+            let (memories, losses) = (RowsMut::new(scratch, memory), RowsMut::blocks(losses, task));
             let Some((dx, dweight, dbias)) = &mut gradients else {
-                self.pool().for_rows((rows, losses), task, |range, (rows, losses)| {
-                    readout.losses(start + range.start, rows, losses);
+                self.pool().for_rows((memories, losses), 1, |i, (memory, losses)| {
+                    let memory = &mut Memory::new(memory, losses.len(), shape);
+                    readout.losses(start + i.start * task, memory, losses);
                 });
                 continue;
             };
-            let dx = RowsMut::new(&mut dx[start * width..][..tokens * width], width);
-            self.pool().for_rows((rows, losses, dx), task, |range, (rows, losses, dx)| {
-                readout.losses(start + range.start, rows, losses);
-                readout.input_gradient(rows, dx);
+            let dx = RowsMut::blocks(&mut dx[start * width..][..tokens * width], task * width);
+            self.pool().for_rows((memories, losses, dx), 1, |i, (memory, losses, dx)| {
+                let memory = &mut Memory::new(memory, losses.len(), shape);
+                readout.losses(start + i.start * task, memory, losses);
+                readout.input_gradient(memory, dx);
             });
             let add = if start == 0 { F::ZERO } else { F::ONE };
+            let tasks = |i: usize| task.min(tokens - i * task);
             self.pool().for_rows(RowsMut::new(dweight, width), CLASS_BLOCK, |classes, dweight| {
-                readout.weight_gradient(classes, scratch, add, dweight);
+                for (i, memory) in scratch.chunks(memory).enumerate() {
+                    let add = if i == 0 { add } else { F::ONE };
+                    readout.weight_gradient(classes.clone(), memory, tasks(i), add, dweight);
+                }
             });
             if let Some(dbias) = dbias {
                 self.pool().for_rows(RowsMut::new(dbias, 1), CLASS_BLOCK, |classes, dbias| {
-                    readout.bias_gradient(classes, scratch, add, dbias);
+                    if start == 0 {
+                        dbias.fill(F::ZERO);
+                    }
+                    for (i, memory) in scratch.chunks(memory).enumerate() {
+                        readout.bias_gradient(classes.clone(), memory, tasks(i), dbias);
+                    }
                 });
             }
         }
@@ -145,95 +175,118 @@ impl<F: Real> Head for Cpu<F> {
 }
 
 impl<F: Real> Readout<'_, F> {
-    /// Losses of the tokens from `first` on. Leaves in their rows e − S·onehot, x · loss_scale·scale/S, and
-    /// loss_scale/S; all zero for ignored tokens.
-    fn losses(&self, first: usize, rows: &mut [F], losses: &mut [F]) {
-        let ReadoutShape { width, classes, padded, scale, .. } = self.shape;
-        let x = &self.x[first * width..][..losses.len() * width];
-        let logits = (&mut *rows, (self.stride, 1));
-        let size = (losses.len(), classes, width);
-        gemm(size, F::from_f64(scale), (x, (width, 1)), (self.weight, (1, width)), F::ZERO, logits);
-        for (i, (row, loss)) in rows.chunks_mut(self.stride).zip(losses).enumerate() {
-            let Ok(target) = usize::try_from(self.targets[first + i]) else {
+    /// Losses of the tokens from `first` on. Leaves in memory e − S·onehot, x · loss_scale·scale/S, and loss_scale/S; all
+    /// zero for ignored tokens.
+    fn losses(&self, first: usize, memory: &mut Memory<F>, losses: &mut [F]) {
+        let ReadoutShape { width, classes, scale, .. } = self.shape;
+        let tokens = losses.len();
+        let x = &self.x[first * width..][..tokens * width];
+        let targets = &self.targets[first..][..tokens];
+        let Memory { e, scaled, factors } = memory;
+        let by_class = (&mut **e, (tokens, 1));
+        gemm(
+            (classes, tokens, width),
+            F::from_f64(scale),
+            (self.weight, (width, 1)),
+            (x, (1, width)),
+            F::ZERO,
+            by_class,
+        );
+        if let Some(bias) = self.bias {
+            for (row, &b) in e.chunks_exact_mut(tokens).zip(bias) {
+                row.iter_mut().for_each(|z| *z += b);
+            }
+        }
+        let target = |i: usize| usize::try_from(targets[i]).ok();
+        // Until the sums are there: the logits at the targets.
+        for (i, loss) in losses.iter_mut().enumerate() {
+            *loss = target(i).map_or(F::ZERO, |target| e[target * tokens + i]);
+        }
+        let (mut max, mut part, mut total) = ([F::ZERO; TASK_TOKENS], [F::ZERO; TASK_TOKENS], [0.0; TASK_TOKENS]);
+        let (max, part, total) = (&mut max[..tokens], &mut part[..tokens], &mut total[..tokens]);
+        vectorize!(exponentials(e, max, part, total));
+        for i in 0..tokens {
+            let (row, x) = (&mut scaled[i * width..][..width], &x[i * width..][..width]);
+            let Some(target) = target(i) else {
+                e.iter_mut().skip(i).step_by(tokens).for_each(|e| *e = F::ZERO);
                 row.fill(F::ZERO);
-                *loss = F::ZERO;
+                (losses[i], factors[i]) = (F::ZERO, F::ZERO);
                 continue;
             };
-            let (logits, tail) = row.split_at_mut(padded);
-            let logits = &mut logits[..classes];
-            let at_target = logits[target] + self.bias.map_or(F::ZERO, |b| b[target]);
-            let (max, sum) = simd(
-                #[inline(always)]
-                || exponentials(logits, self.bias),
-            );
-            *loss = F::from_f64(sum.ln() + max.to_f64() - at_target.to_f64());
-            logits[target] = F::from_f64(logits[target].to_f64() - sum);
-            let factor = self.loss_scale / sum;
+            losses[i] = F::from_f64(total[i].ln() + max[i].to_f64() - losses[i].to_f64());
+            let at_target = &mut e[target * tokens + i];
+            *at_target = F::from_f64(at_target.to_f64() - total[i]);
+            let factor = self.loss_scale / total[i];
             let by_input = F::from_f64(factor * scale);
-            for (scaled, &x) in tail.iter_mut().zip(&x[i * width..][..width]) {
-                *scaled = x * by_input;
-            }
-            tail[width] = F::from_f64(factor);
+            row.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * by_input);
+            factors[i] = F::from_f64(factor);
         }
     }
 
     /// dx of a task's tokens, from what [`Self::losses`] left.
-    fn input_gradient(&self, rows: &[F], dx: &mut [F]) {
-        let ReadoutShape { width, classes, padded, scale, .. } = self.shape;
-        let (by_class, by_input) = ((self.stride, 1), (width, 1));
-        let size = (dx.len() / width, width, classes);
-        gemm(size, F::ONE, (rows, by_class), (self.weight, by_input), F::ZERO, (&mut *dx, by_input));
-        for (dx, row) in dx.chunks_mut(width).zip(rows.chunks(self.stride)) {
-            let factor = row[padded + width] * F::from_f64(scale);
-            for dx in dx {
-                *dx = *dx * factor;
+    fn input_gradient(&self, memory: &Memory<F>, dx: &mut [F]) {
+        let ReadoutShape { width, classes, scale, .. } = self.shape;
+        let tokens = memory.factors.len();
+        scratch_of_thread(width * tokens, |transposed: &mut [F]| {
+            let (weight, e) = ((self.weight, (1, width)), (&*memory.e, (tokens, 1)));
+            gemm((width, tokens, classes), F::ONE, weight, e, F::ZERO, (&mut *transposed, (tokens, 1)));
+            for (i, (dx, &factor)) in dx.chunks_exact_mut(width).zip(&*memory.factors).enumerate() {
+                let factor = factor * F::from_f64(scale);
+                for (dx, column) in dx.iter_mut().zip(transposed.chunks_exact(tokens)) {
+                    *dx = column[i] * factor;
+                }
             }
-        }
+        });
     }
 
-    /// Adds to `add` times what is there the dweight of some classes from a chunk of tokens.
-    fn weight_gradient(&self, classes: Range<usize>, rows: &[F], add: F, dweight: &mut [F]) {
+    /// Adds to `add` times what is there the dweight of some classes from a task's tokens.
+    fn weight_gradient(&self, classes: Range<usize>, memory: &[F], tokens: usize, add: F, dweight: &mut [F]) {
         let ReadoutShape { width, padded, .. } = self.shape;
-        let real = classes.len().min(self.shape.classes.saturating_sub(classes.start));
+        let real = self.real(&classes);
         let (dweight, padding) = dweight.split_at_mut(real * width);
-        let size = (real, width, rows.len() / self.stride);
-        let (e, x) = ((&rows[classes.start..], (1, self.stride)), (&rows[padded..], (self.stride, 1)));
-        gemm(size, F::ONE, e, x, add, (dweight, (width, 1)));
+        let e = (&memory[classes.start * tokens..padded * tokens], (tokens, 1));
+        let x = (&memory[padded * tokens..], (width, 1));
+        gemm((real, width, tokens), F::ONE, e, x, add, (dweight, (width, 1)));
         padding.fill(F::ZERO);
     }
 
-    /// The same for dbias, token after token.
-    fn bias_gradient(&self, classes: Range<usize>, rows: &[F], add: F, dbias: &mut [F]) {
-        let real = classes.len().min(self.shape.classes.saturating_sub(classes.start));
-        dbias[real..].fill(F::ZERO);
-        let dbias = &mut dbias[..real];
-        if add == F::ZERO {
-            dbias.fill(F::ZERO);
+    /// The same for dbias, which holds what to add to.
+    fn bias_gradient(&self, classes: Range<usize>, memory: &[F], tokens: usize, dbias: &mut [F]) {
+        let ReadoutShape { width, padded, .. } = self.shape;
+        let factors = &memory[(padded + width) * tokens..][..tokens];
+        let e = memory[classes.start * tokens..].chunks_exact(tokens);
+        let real = self.real(&classes);
+        for (dbias, e) in dbias[..real].iter_mut().zip(e) {
+            *dbias = e.iter().zip(factors).fold(*dbias, |sum, (&e, &factor)| sum + e * factor);
         }
-        for row in rows.chunks(self.stride) {
-            let factor = row[self.shape.padded + self.shape.width];
-            for (dbias, &e) in dbias.iter_mut().zip(&row[classes.start..]) {
-                *dbias = *dbias + e * factor;
-            }
-        }
+    }
+
+    /// How many of these classes are no padding.
+    fn real(&self, classes: &Range<usize>) -> usize {
+        classes.len().min(self.shape.classes.saturating_sub(classes.start))
     }
 }
 
-/// Adds the bias, subtracts the maximum, takes exponentials, in place; returns the maximum and the sum.
+/// In logits, classes × tokens, subtracts the maximum of each column and takes exponentials, in place; gives the maxima
+/// and the sums. `part` holds partial sums.
 #[inline(always)]
-fn exponentials<F: Real>(logits: &mut [F], bias: Option<&[F]>) -> (F, f64) {
-    if let Some(bias) = bias {
-        for (z, &b) in logits.iter_mut().zip(bias) {
-            *z = *z + b;
+fn exponentials<F: Real>(logits: &mut [F], max: &mut [F], part: &mut [F], total: &mut [f64]) {
+    let tokens = max.len();
+    max.fill(F::NEG_INFINITY);
+    for row in logits.chunks_exact(tokens) {
+        for (max, &z) in max.iter_mut().zip(row) {
+            *max = if z > *max { z } else { *max };
         }
     }
-    let max = max(logits);
-    let mut total = 0.0;
-    for block in logits.chunks_mut(SUM_BLOCK) {
-        for z in &mut *block {
-            *z = Real::exp(*z - max);
+    total.fill(0.0);
+    for block in logits.chunks_mut(SUM_BLOCK * tokens) {
+        part.fill(F::ZERO);
+        for row in block.chunks_exact_mut(tokens) {
+            for ((z, part), &max) in row.iter_mut().zip(&mut *part).zip(&*max) {
+                *z = Real::exp(*z - max);
+                *part += *z;
+            }
         }
-        total += sum(block).to_f64();
+        total.iter_mut().zip(&*part).for_each(|(total, part)| *total += part.to_f64());
     }
-    (max, total)
 }
