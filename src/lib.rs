@@ -21,7 +21,7 @@
 //! | 3 | [`model`], [`mup`] | the parameter table, forward and backward; factors as pure arithmetic |
 //! | 4 | [`config`], [`optim`], [`schedule`], [`data`], [`feed`], [`checkpoint`], [`state`], [`upscale`] | what the user asked for; samples; files; loading and widening |
 //! | 5 | [`trainer`], [`report`], [`run`] | one step; what people and scripts see; a run folder |
-//! | 6 | [`commands`] | the command line |
+//! | 6 | [`quickstart`], [`commands`] | the method on one example; the command line |
 //!
 //! Imports point downward (`tests/tidy.rs` holds them to it). `ops` knows no model, `mup` no device, `model` no file,
 //! `comm` no parameter.
@@ -66,6 +66,7 @@ pub mod model;
 pub mod mup;
 pub mod ops;
 pub mod optim;
+pub mod quickstart;
 pub mod report;
 pub mod rng;
 pub mod run;

@@ -1,8 +1,73 @@
 //! `quickstart`.
-use crate::{Error, Result};
+
+use super::{data, print_json, show};
+use crate::{
+    Result,
+    quickstart::{self, Audience, Options, recipe::Recipe},
+    report::human,
+};
+use std::path::PathBuf;
+
 /// Arguments of `quickstart`.
 #[derive(clap::Args)]
-pub struct Args {}
-pub fn run(_: Args) -> Result<()> {
-    Err(Error::Usage("not in this build".into()))
+pub struct Args {
+    /// How much to do
+    #[arg(long, default_value = "small")]
+    size: Size,
+    /// Your own text, a file or folder, instead of the generated corpus (there is no entropy floor then)
+    #[arg(long, value_name = "PATH")]
+    text: Option<PathBuf>,
+    /// The folder for everything
+    #[arg(long, value_name = "DIR", default_value = "quickstart")]
+    out: PathBuf,
+    /// Replace what an earlier quickstart left in that folder
+    #[arg(long)]
+    force: bool,
+    /// CPU threads; 0: all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Seed of the corpus, the models and the order of the data
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print the summary as JSON, and nothing else
+    #[arg(long)]
+    json: bool,
+}
+
+/// Sizes.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Size {
+    /// Seconds: every step, hardly any learning.
+    Tiny,
+    /// Two to three minutes on two cores.
+    Small,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let (size, recipe) = match args.size {
+        Size::Tiny => ("tiny", Recipe::TINY),
+        Size::Small => ("small", Recipe::SMALL),
+    };
+    let options = Options {
+        size,
+        recipe,
+        text: args.text,
+        out: args.out,
+        force: args.force,
+        threads: args.threads,
+        seed: args.seed,
+        program: std::env::args().next().unwrap_or_else(|| "mupscale".into()),
+    };
+    let show = show(args.json);
+    let mut say = |text: &str| {
+        if !args.json {
+            println!("{text}");
+        }
+    };
+    let summary = quickstart::run(&options, &mut Audience { show, say: &mut say, progress: &mut data::shown(show) })?;
+    if args.json {
+        return print_json(&summary);
+    }
+    println!("\ndone in {}", human::seconds(summary.seconds));
+    Ok(())
 }
