@@ -21,8 +21,6 @@
 //! 7. If k is odd, (cos, sin) ← (−sin, cos); if k ≥ 2, both change sign.
 //! 8. The normals are r·cos, then r·sin.
 
-use crate::backend::cpu::math::simd;
-
 /// Blocks computed together, and their lanes.
 const LANES: usize = 16;
 /// Elements of a group of blocks.
@@ -104,7 +102,7 @@ impl Stream {
         let (groups, tail) = rest.as_chunks_mut::<GROUP>();
         let second = first.wrapping_add(u64::from(offset > 0));
         let last = second.wrapping_add(groups.len() as u64);
-        simd(
+        pulp::Arch::new().dispatch(
             #[inline(always)]
             || {
                 for (group, out) in (second..).zip(groups) {

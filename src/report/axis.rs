@@ -38,7 +38,7 @@ impl Axis {
         (along(value) - along(self.low)) / (along(self.high) - along(self.low))
     }
 
-    /// Values to mark, with their labels: at least two where the range allows it, seldom more than seven.
+    /// Values to mark, with their labels: at least two where the range allows it, at most nine.
     pub(super) fn ticks(&self) -> Vec<(f64, String)> {
         if !self.log {
             return self.linear_ticks();
@@ -62,7 +62,7 @@ impl Axis {
     fn linear_ticks(&self) -> Vec<(f64, String)> {
         let rough = (self.high - self.low) / 5.0;
         let power = 10f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough * 0.8).unwrap_or(rough);
+        let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough * 0.65).unwrap_or(rough);
         let largest = self.low.abs().max(self.high.abs());
         let (first, last) = ((self.low / step).ceil() as i64, (self.high / step).floor() as i64);
         (first..=last).map(|i| i as f64 * step).map(|value| (value, label(value, step, largest))).collect()
@@ -75,7 +75,9 @@ fn label(value: f64, step: f64, largest: f64) -> String {
         return "0".into();
     }
     if largest.abs() < 1e-3 {
-        return format!("{value:e}");
+        let order = |v: f64| (v.abs().log10() + 1e-9).floor();
+        let decimals = (order(value) - order(step)).max(0.0) as usize;
+        return format!("{value:.decimals$e}");
     }
     let (prefix, factor) = human::prefix_of(largest);
     // A hair above, so that 0.1 counts as one decimal and not two.
@@ -96,6 +98,7 @@ mod tests {
         assert_eq!(labels(0.0, 2.1e6, false), ["0", "0.5 M", "1.0 M", "1.5 M", "2.0 M"]);
         assert_eq!(labels(2.95, 3.62, false), ["3.0", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6"]);
         assert_eq!(labels(0.0, 900.0, false), ["0", "200", "400", "600", "800"]);
+        assert_eq!(labels(0.0, 1.3e-4, false), ["0", "2e-5", "4e-5", "6e-5", "8e-5", "1.0e-4", "1.2e-4"]);
         assert_eq!(labels(-1.0, 1.0, false), ["-1.0", "-0.5", "0", "0.5", "1.0"]);
     }
 
@@ -103,7 +106,8 @@ mod tests {
     fn logarithmic_ticks_are_decades_or_their_one_two_five() {
         assert_eq!(labels(1e9, 2e15, true), ["1 G", "10 G", "100 G", "1 T", "10 T", "100 T", "1 P"]);
         assert_eq!(labels(0.8, 60.0, true), ["1", "2", "5", "10", "20", "50"]);
-        assert_eq!(labels(1e-3, 0.06, true), ["0.001", "0.002", "0.005", "0.010", "0.020", "0.050"]);
+        assert_eq!(labels(1e-3, 0.06, true), ["0.001", "0.002", "0.005", "0.01", "0.02", "0.05"]);
+        assert_eq!(labels(1e-6, 3e-5, true), ["1e-6", "2e-6", "5e-6", "1e-5", "2e-5"]);
         assert_eq!(labels(2.0, 4.0, true), ["2.0", "2.5", "3.0", "3.5", "4.0"]);
     }
 

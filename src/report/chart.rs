@@ -13,8 +13,8 @@ const TEXT: &str = "#24292f";
 const MUTED: &str = "#57606a";
 const GRID: &str = "#e4e8ec";
 
-/// A line has at most this many points; more are averaged.
-const MOST_POINTS: usize = 500;
+/// A line has at most this many points, about one for two pixels; more are averaged.
+const MOST_POINTS: usize = 200;
 /// A line of at most this many points shows each as a dot.
 const MOST_DOTS: usize = 40;
 
@@ -27,6 +27,8 @@ const TITLE: f64 = 44.0;
 const LEGEND_ROW: f64 = 19.0;
 const LEGEND_COLUMNS: usize = 2;
 const BOTTOM: f64 = 56.0;
+/// Radius.
+const DOT: f64 = 2.5;
 
 /// One panel.
 #[derive(Clone, Debug, Default)]
@@ -84,8 +86,8 @@ impl Series {
     fn stroke(&self) -> String {
         let color = PALETTE[self.color % PALETTE.len()];
         match self.style {
-            Style::Solid => format!(r#"stroke="{color}" stroke-width="2""#),
-            Style::Dashed => format!(r#"stroke="{color}" stroke-width="2" stroke-dasharray="6 4""#),
+            Style::Solid => format!(r#"stroke="{color}" stroke-width="1.8""#),
+            Style::Dashed => format!(r#"stroke="{color}" stroke-width="1.8" stroke-dasharray="6 4""#),
             Style::Horizontal => format!(r#"stroke="{MUTED}" stroke-width="1.5" stroke-dasharray="2 3""#),
         }
     }
@@ -192,11 +194,12 @@ impl<'a> Panel<'a> {
         line(svg, format_args!(r#"<text x="{x}" y="{y}" {turned} text-anchor="middle">{y_label}</text>"#));
     }
 
-    /// The lines, in an inner `svg` that cuts off what lies outside the plot.
+    /// The lines, in an inner `svg` that cuts off what lies outside the plot, but for a dot's width at its sides.
     fn draw_lines(&self, svg: &mut String) {
         let width = PANEL - LEFT - RIGHT;
-        let (top, opening) = (self.top, r#"overflow="hidden" fill="none" stroke-linejoin="round""#);
-        line(svg, format_args!(r#"<svg x="{LEFT}" y="{top}" width="{width}" height="{PLOT_HEIGHT}" {opening}>"#));
+        let (x, wide) = (LEFT - DOT, width + 2.0 * DOT);
+        let window = format!(r#"viewBox="-{DOT} 0 {wide} {PLOT_HEIGHT}" overflow="hidden""#);
+        line(svg, format_args!(r#"<svg x="{x}" y="{}" width="{wide}" height="{PLOT_HEIGHT}" {window}>"#, self.top));
         for (series, points) in self.chart.series.iter().zip(&self.lines) {
             let Some(first) = points.first() else { continue };
             let stroke = series.stroke();
@@ -205,16 +208,23 @@ impl<'a> Panel<'a> {
                 continue;
             }
             let path = points.iter().map(|(x, y)| format!("{:.1},{:.1}", self.px(*x), self.py(*y)));
-            line(svg, format_args!(r#"<polyline points="{}" {stroke}/>"#, path.collect::<Vec<_>>().join(" ")));
+            line(
+                svg,
+                format_args!(r#"<polyline points="{}" fill="none" {stroke}/>"#, path.collect::<Vec<_>>().join(" ")),
+            );
             if points.len() <= MOST_DOTS {
                 let color = PALETTE[series.color % PALETTE.len()];
                 for (x, y) in points {
                     let (x, y) = (self.px(*x), self.py(*y));
-                    line(svg, format_args!(r#"<circle cx="{x:.1}" cy="{y:.1}" r="2.5" fill="{color}"/>"#));
+                    line(svg, format_args!(r#"<circle cx="{x:.1}" cy="{y:.1}" r="{DOT}" fill="{color}"/>"#));
                 }
             }
         }
         line(svg, format_args!("</svg>"));
+        if self.lines.iter().all(Vec::is_empty) {
+            let (x, y) = (LEFT + width / 2.0, self.top + PLOT_HEIGHT / 2.0);
+            line(svg, format_args!(r#"<text x="{x}" y="{y}" text-anchor="middle">no data</text>"#));
+        }
     }
 }
 

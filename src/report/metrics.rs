@@ -125,17 +125,10 @@ impl MetricsLog {
             return Self::create(run_dir);
         }
         let beside = run_dir.join(format!("{FILE_NAME}.partial"));
-        let mut kept = BufWriter::new(File::create(&beside).map_err(Error::io("create", &beside))?);
-        let mut seconds = 0.0;
-        for_each_line(&path, |line, record| {
-            if record.step() > step {
-                return Ok(());
-            }
-            seconds = record.seconds();
-            kept.write_all(line).and_then(|()| kept.write_all(b"\n")).map_err(Error::io("write", &beside))
+        let seconds = copy_up_to(step, &path, &beside).inspect_err(|_| {
+            // The error to report is the one before; a copy that cannot be removed does no harm.
+            let _ = fs::remove_file(&beside);
         })?;
-        let written = kept.into_inner().map_err(io::IntoInnerError::into_error);
-        written.and_then(|file| file.sync_all()).map_err(Error::io("write", &beside))?;
         fs::rename(&beside, &path).map_err(Error::io("rename", &beside))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
         Ok(Self { path, file, seconds })
@@ -157,6 +150,22 @@ impl MetricsLog {
         self.seconds = record.seconds();
         Ok(())
     }
+}
+
+/// Copies the lines of steps up to `step`, to the byte, and returns the last one's seconds.
+fn copy_up_to(step: u64, from: &Path, to: &Path) -> Result<f64> {
+    let mut copy = BufWriter::new(File::create(to).map_err(Error::io("create", to))?);
+    let mut seconds = 0.0;
+    for_each_line(from, |line, record| {
+        if record.step() > step {
+            return Ok(());
+        }
+        seconds = record.seconds();
+        copy.write_all(line).and_then(|()| copy.write_all(b"\n")).map_err(Error::io("write", to))
+    })?;
+    let written = copy.into_inner().map_err(io::IntoInnerError::into_error);
+    written.and_then(|file| file.sync_all()).map_err(Error::io("write", to))?;
+    Ok(seconds)
 }
 
 /// All records of a `metrics.jsonl`. A bad line is an error with its number, but for a last line without its end
@@ -301,6 +310,7 @@ mod tests {
             assert!(message.contains(FILE_NAME) && message.contains("line 6"), "{message}");
         }
         assert_eq!(fs::read(&path).unwrap(), before);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a partial file was left");
     }
 
     #[test]

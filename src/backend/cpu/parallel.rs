@@ -115,10 +115,9 @@ impl Pool {
         IN_TASK.set(true);
         self.shared.take_tasks(&task, count);
         drop(region);
+        let panicked = self.shared.panicked.load(Ordering::Relaxed);
         drop(guard);
-        if self.shared.panicked.swap(false, Ordering::Relaxed) {
-            panic!("a task of a parallel region panicked on another thread");
-        }
+        assert!(!panicked, "a task of a parallel region panicked on another thread");
     }
 
     /// Publishes a region and wakes who sleeps. The caller holds `self.region`.
@@ -129,8 +128,10 @@ impl Pool {
         // SAFETY: the region is closed with nobody inside and we hold `self.region`, so no one else looks at `job`.
         unsafe { *self.shared.job.get() = Job { run, count } };
         self.shared.next.store(0, Ordering::Relaxed);
+        // A region whose caller panicked has not looked at this.
+        self.shared.panicked.store(false, Ordering::Relaxed);
         let closed = self.shared.state.load(Ordering::Relaxed);
-        self.shared.state.store((closed + REGION) | OPEN, Ordering::SeqCst);
+        self.shared.state.store(closed.wrapping_add(REGION) | OPEN, Ordering::SeqCst);
         for (worker, asleep) in self.workers.iter().zip(&self.shared.asleep).take(count - 1) {
             if asleep.load(Ordering::SeqCst) {
                 worker.thread().unpark();
