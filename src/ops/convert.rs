@@ -9,7 +9,7 @@ use half::{bf16, f16};
 /// A storage type of floats. All conversions round to nearest even.
 pub(crate) trait Float: Element {
     /// What values of this type are computed in: f64 for f64, otherwise f32.
-    type Arithmetic: Real;
+    type Arithmetic: Real + Element;
     /// The value, exactly.
     fn load(self) -> f64;
     /// Rounded from f64.

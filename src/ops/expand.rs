@@ -9,7 +9,7 @@ use super::{
 use crate::{
     backend::{
         Backend, Mut, Ref,
-        cpu::{Cpu, Real, math::simd, parallel::RowsMut, stream},
+        cpu::{Cpu, Element, Pool, Real, math::vectorize, parallel::RowsMut, stream::past_caches},
     },
     rng,
 };
@@ -65,7 +65,7 @@ pub trait Expand: Backend {
 /// Elements that one task writes.
 const TASK: usize = 1 << 16;
 /// Elements computed in cache before they are stored.
-const BLOCK: usize = 1 << 12;
+const BLOCK: usize = 1 << 11;
 
 impl<F: Real> Expand for Cpu<F> {
     fn expand(
@@ -78,22 +78,22 @@ impl<F: Real> Expand for Cpu<F> {
     ) {
         with_float!(source.values.dtype(), S => {
             let map = Map::<S>::new(&source, columns);
-            with_float!(target.dtype(), T => write(self, target.into_slice::<T>(), start, |at, values, paired| {
-                map.read(at, values, source.scale);
-                match noise {
-                    Some(Noise { stream, amount, paired: Some(k) }) => {
-                        paired.add(at, values, &map, stream, *amount, f64::from(*k));
+            with_float!(target.dtype(), T => {
+                write(self.pool(), target.into_slice::<T>(), start, &|at, values, paired| {
+                    map.read(at, values, source.scale);
+                    match noise {
+                        Some(noise) if noise.paired.is_some() => paired.add(noise, at, values, map.copies()),
+                        Some(noise) => add(noise, at, values),
+                        None => {}
                     }
-                    Some(noise) => add(noise, at, values),
-                    None => {}
-                }
-            }))
+                })
+            })
         });
     }
 
     fn fill(&self, target: Mut<'_, Self>, start: usize, mean: f64, noise: Option<&Noise>) {
         assert!(noise.is_none_or(|n| n.paired.is_none()), "without a source there are no copies to pair");
-        with_float!(target.dtype(), T => write(self, target.into_slice::<T>(), start, |at, values, _| {
+        with_float!(target.dtype(), T => write(self.pool(), target.into_slice::<T>(), start, &|at, values, _| {
             values.fill(Real::from_f64(mean));
             if let Some(noise) = noise {
                 add(noise, at, values);
@@ -111,27 +111,29 @@ impl<F: Real> Expand for Cpu<F> {
     }
 }
 
-/// Computes a range of a tensor block by block, and stores it past the caches. `compute(at, values, paired)` gives the
-/// elements from index `at` of the full tensor on.
-fn write<F: Real, T: Float>(
-    cpu: &Cpu<F>,
-    target: &mut [T],
-    start: usize,
-    compute: impl Fn(usize, &mut [T::Arithmetic], &mut Paired<T::Arithmetic>) + Send + Sync,
-) {
-    cpu.pool().for_rows(RowsMut::new(target, 1), TASK, |range, target| {
+/// `compute(at, values, paired)` gives the elements from index `at` of the full tensor on. Behind a pointer, since there
+/// are as many kinds as pairs of types.
+type Compute<'a, A> = dyn Fn(usize, &mut [A], &mut Paired<A>) + Sync + 'a;
+
+/// Computes a range of a tensor block by block, and stores it past the caches.
+fn write<T: Float>(pool: &Pool, target: &mut [T], start: usize, compute: &Compute<T::Arithmetic>) {
+    pool.for_rows(RowsMut::new(target, 1), TASK, |range, target| {
         let mut values = [T::Arithmetic::ZERO; BLOCK];
         let mut rounded = [T::store(0.0); BLOCK];
         let mut paired = Paired::default();
-        for (i, block) in target.chunks_mut(BLOCK).enumerate() {
-            let (values, rounded) = (&mut values[..block.len()], &mut rounded[..block.len()]);
-            compute(start + range.start + i * BLOCK, values, &mut paired);
-            simd(
-                #[inline(always)]
-                || round(rounded, values),
-            );
-            stream::copy(block, rounded);
-        }
+        past_caches(|stores| {
+            for (i, block) in target.chunks_mut(BLOCK).enumerate() {
+                let values = &mut values[..block.len()];
+                compute(start + range.start + i * BLOCK, values, &mut paired);
+                if T::DTYPE == T::Arithmetic::DTYPE {
+                    stores.copy(block, bytemuck::cast_slice(values));
+                } else {
+                    let rounded = &mut rounded[..block.len()];
+                    vectorize!(round(rounded, values));
+                    stores.copy(block, rounded);
+                }
+            }
+        });
     });
 }
 
@@ -167,6 +169,10 @@ impl<'a, S: Float> Map<'a, S> {
         Self { values, source_columns, rows, columns, repeat: if repeats { k } else { 0 } }
     }
 
+    fn copies(&self) -> Copies<'a> {
+        Copies { of: self.columns, columns: self.source_columns }
+    }
+
     /// The elements from index `at` of the full target on, times `scale`.
     fn read<A: Real>(&self, mut at: usize, mut out: &mut [A], scale: f64) {
         let scale = A::from_f64(scale);
@@ -174,16 +180,13 @@ impl<'a, S: Float> Map<'a, S> {
             let (row, column) = (at / self.columns.len(), at % self.columns.len());
             let (segment, rest) = out.split_at_mut(out.len().min(self.columns.len() - column));
             let source = &self.values[self.rows[row] as usize * self.source_columns..][..self.source_columns];
-            simd(
-                #[inline(always)]
-                || match self.repeat {
-                    1 => repeat::<1, S, A>(segment, source, column, scale),
-                    2 => repeat::<2, S, A>(segment, source, column, scale),
-                    3 => repeat::<3, S, A>(segment, source, column, scale),
-                    4 => repeat::<4, S, A>(segment, source, column, scale),
-                    _ => gather(segment, source, &self.columns[column..], scale),
-                },
-            );
+            vectorize!(match self.repeat {
+                1 => repeat::<1, S, A>(segment, source, column, scale),
+                2 => repeat::<2, S, A>(segment, source, column, scale),
+                3 => repeat::<3, S, A>(segment, source, column, scale),
+                4 => repeat::<4, S, A>(segment, source, column, scale),
+                _ => gather(segment, source, &self.columns[column..], scale),
+            });
             at += segment.len();
             out = rest;
         }
@@ -221,14 +224,19 @@ fn add<A: Real>(noise: &Noise, at: usize, values: &mut [A]) {
     let normals = &mut normals[..values.len()];
     noise.stream.normal_fill(at as u64, normals);
     let amount = A::from_f64(noise.amount);
-    simd(
-        #[inline(always)]
-        || {
-            for (value, &normal) in values.iter_mut().zip(&*normals) {
-                *value += amount * A::from_f64(f64::from(normal));
-            }
-        },
-    );
+    vectorize!({
+        for (value, &normal) in values.iter_mut().zip(&*normals) {
+            *value += amount * A::from_f64(f64::from(normal));
+        }
+    });
+}
+
+/// Which column of a source each column of the target copies.
+#[derive(Clone, Copy)]
+struct Copies<'a> {
+    of: &'a [u32],
+    /// Columns of the source.
+    columns: usize,
 }
 
 /// The paired noise of one row of the target, kept while blocks of that row are written.
@@ -246,27 +254,27 @@ impl<A> Default for Paired<A> {
 }
 
 impl<A: Real> Paired<A> {
-    fn add<S>(&mut self, at: usize, values: &mut [A], map: &Map<S>, stream: &rng::Stream, amount: f64, k: f64) {
-        let amount = A::from_f64(amount * (k / (k - 1.0)).sqrt());
+    fn add(&mut self, noise: &Noise, at: usize, values: &mut [A], copies: Copies) {
+        let k = f64::from(noise.paired.expect("the caller has seen it"));
+        let amount = A::from_f64(noise.amount * (k / (k - 1.0)).sqrt());
         for (i, value) in values.iter_mut().enumerate() {
-            let (row, column) = ((at + i) / map.columns.len(), (at + i) % map.columns.len());
+            let (row, column) = ((at + i) / copies.of.len(), (at + i) % copies.of.len());
             if self.row != Some(row) {
-                self.draw(row, map, stream, A::from_f64(k));
+                self.draw(row, noise, copies, A::from_f64(k));
             }
             let normal = A::from_f64(f64::from(self.normals[column]));
-            *value += amount * (normal - self.means[map.columns[column] as usize]);
+            *value += amount * (normal - self.means[copies.of[column] as usize]);
         }
     }
 
-    fn draw<S>(&mut self, row: usize, map: &Map<S>, stream: &rng::Stream, k: A) {
+    fn draw(&mut self, row: usize, noise: &Noise, copies: Copies, k: A) {
         self.row = Some(row);
-        self.normals.resize(map.columns.len(), 0.0);
-        stream.normal_fill((row * map.columns.len()) as u64, &mut self.normals);
+        self.normals.resize(copies.of.len(), 0.0);
+        noise.stream.normal_fill((row * copies.of.len()) as u64, &mut self.normals);
         self.means.clear();
-        self.means.resize(map.source_columns, A::ZERO);
-        for (&column, &normal) in map.columns.iter().zip(&self.normals) {
-            let mean = &mut self.means[column as usize];
-            *mean += A::from_f64(f64::from(normal));
+        self.means.resize(copies.columns, A::ZERO);
+        for (&column, &normal) in copies.of.iter().zip(&self.normals) {
+            self.means[column as usize] += A::from_f64(f64::from(normal));
         }
         self.means.iter_mut().for_each(|m| *m /= k);
     }

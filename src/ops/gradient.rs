@@ -8,7 +8,7 @@ use super::{
 };
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::simd, parallel::RowsMut},
+    cpu::{Cpu, Pool, Real, math::vectorize, parallel::RowsMut},
 };
 
 /// Constants of [`Gradient::decide`].
@@ -59,16 +59,7 @@ impl<F: Real> Gradient for Cpu<F> {
     fn accumulate(&self, target: Mut<'_, Self>, source: Ref<'_, Self>, add: bool) {
         with_float!(source.dtype(), S => {
             let source = source.as_slice::<S>();
-            with_float!(target.dtype(), T => {
-                let target = target.into_slice::<T>();
-                assert_eq!(target.len(), source.len());
-                self.pool().for_rows(RowsMut::new(target, 1), TASK, |range, target| {
-                    simd(
-                        #[inline(always)]
-                        || accumulate(target, &source[range], add),
-                    );
-                });
-            });
+            with_float!(target.dtype(), T => accumulate(self.pool(), target.into_slice::<T>(), source, add));
         });
     }
 
@@ -118,37 +109,30 @@ impl<F: Real> Gradient for Cpu<F> {
 }
 
 /// In f64, so that each element is rounded once, to the target's type.
-#[inline(always)]
-fn accumulate<T: Float, S: Float>(target: &mut [T], source: &[S], add: bool) {
-    if add {
-        for (t, s) in target.iter_mut().zip(source) {
-            *t = T::store(t.load() + s.load());
-        }
-    } else {
-        for (t, s) in target.iter_mut().zip(source) {
-            *t = T::store(s.load());
-        }
-    }
+fn accumulate<T: Float, S: Float>(pool: &Pool, target: &mut [T], source: &[S], add: bool) {
+    assert_eq!(target.len(), source.len());
+    pool.for_rows(RowsMut::new(target, 1), TASK, |range, target| {
+        vectorize!(for (t, s) in target.iter_mut().zip(&source[range]) {
+            *t = T::store(if add { t.load() + s.load() } else { s.load() });
+        });
+    });
 }
 
 /// Σ x², in f64 and in 16 lanes, whatever the machine. `load` gives an element's value.
 pub(super) fn square_sum<T: Copy>(x: &[T], load: impl Fn(T) -> f64) -> f64 {
-    simd(
-        #[inline(always)]
-        || {
-            let mut lanes = [0.0; 16];
-            let (blocks, rest) = x.as_chunks::<16>();
-            for block in blocks {
-                for (lane, &x) in lanes.iter_mut().zip(block) {
-                    *lane += load(x) * load(x);
-                }
-            }
-            for (lane, &x) in lanes.iter_mut().zip(rest) {
+    vectorize!({
+        let mut lanes = [0.0; 16];
+        let (blocks, rest) = x.as_chunks::<16>();
+        for block in blocks {
+            for (lane, &x) in lanes.iter_mut().zip(block) {
                 *lane += load(x) * load(x);
             }
-            lanes.iter().sum()
-        },
-    )
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane += load(x) * load(x);
+        }
+        lanes.iter().sum()
+    })
 }
 
 #[cfg(test)]

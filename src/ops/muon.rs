@@ -7,7 +7,7 @@ use crate::backend::{
     cpu::{
         Cpu, Pool, Real,
         gemm::gemm_on,
-        math::simd,
+        math::vectorize,
         parallel::{RowsMut, scratch as scratch_of_thread},
     },
 };
@@ -52,7 +52,7 @@ pub trait Muon: Backend {
     );
 }
 
-/// Elements that one task takes, about.
+/// Elements that one task takes.
 const TASK: usize = 1 << 14;
 /// Factor on the first moment.
 const MOMENTUM: f64 = 0.95;
@@ -84,7 +84,7 @@ impl<F: Real> Muon for Cpu<F> {
         normalise(self.pool(), x, settings.eps);
         let update = orthogonalise(self.pool(), x, y, squares, rows, columns);
         let rate = step.lr * settings.lr;
-        *partial = apply(self.pool(), weight, update, columns, rate, rate * settings.decay);
+        *partial = apply(self.pool(), weight, update, rate, rate * settings.decay);
     }
 }
 
@@ -93,16 +93,13 @@ fn add_momentum<F: Real, G: Real>(pool: &Pool, u: &mut [F], m: &mut [F], gradien
     assert_eq!(gradient.len(), u.len());
     let (factor, momentum) = (F::from_f64(factor), F::from_f64(MOMENTUM));
     pool.for_rows((RowsMut::new(u, 1), RowsMut::new(m, 1)), TASK, |range, (u, m)| {
-        simd(
-            #[inline(always)]
-            || {
-                for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
-                    let g = factor * F::from_f64(g.to_f64());
-                    *m = momentum * *m + g;
-                    *u = g + momentum * *m;
-                }
-            },
-        );
+        vectorize!({
+            for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
+                let g = factor * F::from_f64(g.to_f64());
+                *m = momentum * *m + g;
+                *u = g + momentum * *m;
+            }
+        });
     });
 }
 
@@ -112,14 +109,11 @@ fn normalise<F: Real>(pool: &Pool, x: &mut [F], eps: f64) {
     let sum = pool.sum(tasks, |i| square_sum(&x[i * TASK..x.len().min((i + 1) * TASK)], F::to_f64));
     let scale = F::from_f64((sum.sqrt() + eps).recip());
     pool.for_rows(RowsMut::new(x, 1), TASK, |_, x| {
-        simd(
-            #[inline(always)]
-            || {
-                for x in x {
-                    *x *= scale;
-                }
-            },
-        );
+        vectorize!({
+            for x in x {
+                *x *= scale;
+            }
+        });
     });
 }
 
@@ -149,26 +143,20 @@ fn orthogonalise<'a, F: Real>(
     x
 }
 
-/// w ← w − shrink · w − rate · x; Σ of squared changes, row by row.
-fn apply<F: Real>(pool: &Pool, weight: &mut [F], x: &[F], columns: usize, rate: f64, shrink: f64) -> f64 {
+/// w ← w − shrink · w − rate · x; Σ of squared changes.
+fn apply<F: Real>(pool: &Pool, weight: &mut [F], x: &[F], rate: f64, shrink: f64) -> f64 {
     let (rate, shrink) = (F::from_f64(rate), F::from_f64(shrink));
-    scratch_of_thread(weight.len() / columns, |sums: &mut [f64]| {
-        let rows = (RowsMut::new(weight, columns), RowsMut::new(sums, 1));
-        pool.for_rows(rows, TASK.div_ceil(columns), |range, (weight, sums)| {
-            let x = x[range.start * columns..range.end * columns].chunks_exact(columns);
-            for ((w, x), sum) in weight.chunks_exact_mut(columns).zip(x).zip(sums) {
-                *sum = simd(
-                    #[inline(always)]
-                    || apply_row(w, x, rate, shrink),
-                );
-            }
+    scratch_of_thread(weight.len().div_ceil(TASK), |sums: &mut [f64]| {
+        let blocks = (RowsMut::blocks(weight, TASK), RowsMut::new(sums, 1));
+        pool.for_rows(blocks, 1, |range, (weight, sum)| {
+            sum[0] = vectorize!(apply_block(weight, &x[range.start * TASK..], rate, shrink));
         });
         sums.iter().sum()
     })
 }
 
 #[inline(always)]
-fn apply_row<F: Real>(weight: &mut [F], x: &[F], rate: F, shrink: F) -> f64 {
+fn apply_block<F: Real>(weight: &mut [F], x: &[F], rate: F, shrink: F) -> f64 {
     let mut lanes = [0.0; 16];
     for (weight, x) in weight.chunks_mut(lanes.len()).zip(x.chunks(lanes.len())) {
         for ((w, &x), lane) in weight.iter_mut().zip(x).zip(&mut lanes) {

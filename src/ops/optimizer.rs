@@ -7,7 +7,7 @@ use super::{
 };
 use crate::backend::{
     Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::simd},
+    cpu::{Cpu, Real, math::vectorize},
 };
 use serde::{Deserialize, Serialize};
 
@@ -97,13 +97,10 @@ impl<F: Real> Optimizer for Cpu<F> {
             if row.muon != 0 {
                 return 0.0;
             }
-            simd(
-                #[inline(always)]
-                || match gradients.dtype() == F::DTYPE {
-                    true => method.update(row, step, arenas, gradients.as_slice::<F>()),
-                    false => method.update(row, step, arenas, gradients.as_slice::<f64>()),
-                },
-            )
+            vectorize!(match gradients.dtype() == F::DTYPE {
+                true => method.update(row, step, arenas, gradients.as_slice::<F>()),
+                false => method.update(row, step, arenas, gradients.as_slice::<f64>()),
+            })
         });
     }
 }

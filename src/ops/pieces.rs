@@ -139,3 +139,67 @@ fn cut_off<'a, T>(slice: &mut &'a mut [T], skip: usize, len: usize) -> &'a mut [
     *slice = rest;
     taken
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dims::{Axis, Dims},
+        model::param::{Init, Kind, TableBuilder},
+    };
+
+    fn table() -> Table {
+        let mut builder = TableBuilder::new(&Dims::default());
+        let sizes = [(3, PIECE), (1, 5), (2, PIECE - 1)];
+        for (i, (rows, columns)) in sizes.into_iter().enumerate() {
+            let axes = vec![Axis::fixed("rows", rows), Axis::fixed("columns", columns)];
+            let span = builder.row(format!("w{i}"), Kind::Hidden, axes, Init::Zeros);
+            builder.pad(&span, 4);
+        }
+        builder.build()
+    }
+
+    #[test]
+    fn pieces_cover_the_values_and_no_padding() {
+        let table = table();
+        let mut covered = vec![0; table.arena];
+        for piece in cut(&table, 0..table.arena) {
+            assert!(piece.len as usize <= PIECE);
+            assert!(table.values(piece.row as usize).start <= piece.range().start);
+            piece.range().for_each(|i| covered[i] += 1);
+        }
+        let mut expected = vec![0; table.arena];
+        (0..3).for_each(|row| expected[table.values(row)].fill(1));
+        assert_eq!(covered, expected);
+    }
+
+    #[test]
+    fn borders_do_not_move_when_the_arena_is_cut() {
+        let table = table();
+        let ends = |pieces: Vec<Piece>| pieces.iter().map(|p| p.range().end).collect::<Vec<_>>();
+        let at = PIECE + 17;
+        let mut parts = ends(cut(&table, 0..at));
+        parts.extend(ends(cut(&table, at..table.arena)));
+        let mut whole = ends(cut(&table, 0..table.arena));
+        whole.insert(1, at);
+        assert_eq!(parts, whole);
+    }
+
+    #[test]
+    fn every_piece_gets_its_own_elements() {
+        let piece = |offset, len, row| Piece { offset, len, row };
+        // More pieces than tasks, with gaps.
+        let pieces: Vec<Piece> = (0..TASKS as u64 * 3 + 1).map(|i| piece(i * 10 + 2, 7, i as u32)).collect();
+        let mut arena: Vec<u32> = (0..pieces.len() as u32 * 10 + 5).collect();
+        let mut partials = vec![f64::NAN; pieces.len()];
+        let pool = Pool::new(2).unwrap();
+        for_pieces(&pool, &pieces, [&mut arena, &mut [], &mut [], &mut []], &mut partials, |piece, [x, absent, ..]| {
+            assert_eq!(x.iter().map(|&i| i as usize).collect::<Vec<_>>(), piece.range().collect::<Vec<_>>());
+            assert!(absent.is_empty());
+            x.fill(0);
+            f64::from(piece.row)
+        });
+        assert!(partials.iter().enumerate().all(|(i, &p)| p == i as f64));
+        assert_eq!(arena.iter().filter(|&&i| i == 0).count(), 7 * pieces.len() + 1);
+    }
+}
