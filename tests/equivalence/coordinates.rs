@@ -71,12 +71,10 @@ fn slope(arch: &str, optimizer: &str, kind: Parametrization) -> f64 {
 #[test]
 fn changes_do_not_grow_with_width() {
     for arch in ["gpt2", "llama"] {
-        for optimizer in
-            ["kind='adamw'\nlr=0.01", "kind='sgd'\nlr=0.5", "kind='lion'\nlr=0.005", "kind='muon'\nlr=0.05"]
+        for optimizer in ["kind='adamw'\nlr=0.01", "kind='sgd'\nlr=2", "kind='lion'\nlr=0.005", "kind='muon'\nlr=0.05"]
         {
             let [mup, standard] =
                 [Parametrization::Mup, Parametrization::Standard].map(|kind| slope(arch, optimizer, kind));
-            println!("{arch}, {optimizer:?}: slope {mup:.3} under μP, {standard:.3} in standard parametrisation");
             assert!(mup < GROWTH, "{arch}, {optimizer:?}: changes grow as width^{mup:.3} under μP");
             assert!(standard > GROWTH, "{arch}, {optimizer:?}: the rate is too low to tell: width^{standard:.3}");
         }

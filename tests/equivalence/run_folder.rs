@@ -29,7 +29,7 @@ impl Place {
     /// 37 windows of 16 bytes.
     pub fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
-        let text: String = (0..60).map(|i| format!("{} and {},", i * i % 97, i * 31 % 89)).collect();
+        let text: String = (0..90).map(|i| format!("{} and {},", i * i % 97, i * 31 % 89)).collect();
         fs::write(place.path("text.txt"), &text[..37 * 16 + 8]).unwrap();
         let corpus = Corpus::open(&place.path("text.txt"), "text").unwrap();
         let options = TokenizeOptions { val_fraction: 0.0, ..Default::default() };
