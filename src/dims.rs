@@ -128,6 +128,9 @@ impl Dims {
     }
 }
 
+/// Most layers of a model: far more than any has, and few enough that a table of them is quick to make.
+pub const MAX_LAYERS: usize = 1 << 10;
+
 /// Largest size of one width: index arithmetic on products of two of them stays far inside 64 bits.
 pub const MAX_SIZE: usize = 1 << 24;
 

@@ -146,7 +146,7 @@ fn to_bf16(x: f32) -> bf16 {
 /// The binary32 beside `x` from which a second rounding, to 16 bits, gives what one rounding of `x` would: exact if
 /// it can be, otherwise the neighbour whose last bit is odd (Boldo and Melquiond, "Emulation of a FMA and correctly
 /// rounded sums: proved algorithms using rounding to odd", 2008).
-fn round_to_odd(x: f64) -> f32 {
+pub(crate) fn round_to_odd(x: f64) -> f32 {
     let nearest = x as f32;
     let bits = nearest.to_bits();
     if f64::from(nearest) == x || x.is_nan() || bits & 1 == 1 {

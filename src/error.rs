@@ -37,7 +37,7 @@ pub enum Error {
         why: String,
     },
     /// The operating system refused an operation on a file.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}{}", path.display(), remedy(source))]
     Io {
         /// The file.
         path: PathBuf,
@@ -81,6 +81,16 @@ pub enum Error {
     },
 }
 
+/// Whether the system refused because there is no room left.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// What to do about a refusal, where that is not plain from the system's own words.
+fn remedy(error: &io::Error) -> &'static str {
+    if is_full(error) { ": the disk is full; make room, or choose another place" } else { "" }
+}
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -112,6 +122,7 @@ impl Error {
         match self {
             Self::Config { .. } | Self::File { .. } | Self::Tensor { .. } | Self::Exists { .. } | Self::Usage(_) => 2,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
+            Self::Io { source, .. } if is_full(source) => 2,
             Self::Io { .. } => 1,
             Self::Device(_) => 2,
             Self::NonFinite { .. } => 4,

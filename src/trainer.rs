@@ -22,7 +22,7 @@ use crate::{
     schedule,
     state::{Meaning, Position, State},
 };
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Instant};
 
 /// Steps that may be under way before the host looks at the oldest one's results.
 pub const LAG: usize = 2;
@@ -42,6 +42,8 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Norm of the change of all weights.
     pub update_norm: f64,
+    /// Seconds from this step's beginning to the next one's (or to its result, for the last one under way).
+    pub seconds: f64,
     /// Whether the update was left out.
     pub skipped: bool,
     /// `loss`, or the row whose gradient was not finite.
@@ -62,6 +64,7 @@ struct Pending<B: Backend> {
     inputs: B::Host,
     results: B::Host,
     event: Option<B::Event>,
+    begun: Instant,
     before: Position,
     after: Position,
     lr: f64,
@@ -174,7 +177,6 @@ impl<B: Ops> Trainer<B> {
 
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
     pub fn step(&mut self) -> Result<Option<StepResult>> {
-        let done = if self.ring.len() >= LAG { self.collect()? } else { None };
         let mut pending = self.begin()?;
         let share = comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world());
         for index in share.clone() {
@@ -187,7 +189,7 @@ impl<B: Ops> Trainer<B> {
         pending.event = Some(self.backend.record(Stream::Compute));
         self.position = pending.after;
         self.ring.push_back(pending);
-        Ok(done)
+        if self.ring.len() > LAG { self.collect() } else { Ok(None) }
     }
 
     /// Waits for the oldest step under way. None if there is none.
@@ -210,6 +212,12 @@ impl<B: Ops> Trainer<B> {
             lr: pending.lr,
             grad_norm: get(Scalar::GradNorm),
             update_norm: get(Scalar::UpdateNorm),
+            seconds: self
+                .ring
+                .front()
+                .map_or_else(Instant::now, |next| next.begun)
+                .duration_since(pending.begun)
+                .as_secs_f64(),
             skipped,
             bad,
         };
@@ -223,17 +231,17 @@ impl<B: Ops> Trainer<B> {
         let samples = (self.config.batch.micro_batches * self.micro.samples) as u64;
         let after = Position {
             step: before.step + 1,
-            tokens: before.tokens + samples * self.micro.length as u64,
+            tokens: before.tokens + self.tokens_per_step(),
             samples: before.samples + samples,
             time: before.time + 1,
             ..before
         };
         let lr = self.optimizer.lr * schedule::factor(&self.config.schedule, after.step, self.config.steps);
         let mut pending = match self.spare.pop() {
-            Some(pending) => Pending { before, after, lr, ..pending },
+            Some(pending) => Pending { begun: Instant::now(), before, after, lr, ..pending },
             None => {
                 let (inputs, results) = (self.backend.host(SCALAR_BYTES)?, self.backend.host(SCALAR_BYTES)?);
-                Pending { inputs, results, event: None, before, after, lr }
+                Pending { inputs, results, event: None, begun: Instant::now(), before, after, lr }
             }
         };
         let inputs = pending.inputs.bytes_mut();
@@ -312,9 +320,14 @@ impl<B: Ops> Trainer<B> {
         })
     }
 
+    /// Tokens (rows) of a step, over all ranks, ignored ones among them.
+    pub fn tokens_per_step(&self) -> u64 {
+        (self.config.batch.micro_batches * self.micro.rows()) as u64
+    }
+
     /// Counted tokens of a step if none is ignored.
     fn nominal(&self) -> f64 {
-        (self.config.batch.micro_batches * self.micro.rows()) as f64
+        self.tokens_per_step() as f64
     }
 
     fn decision(&self) -> Decision {

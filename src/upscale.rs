@@ -43,6 +43,7 @@ impl Origin {
         reader.verify()?;
         let meaning: Meaning = reader.json(CONFIG)?;
         meaning.spec.check().map_err(|e| Error::file(path.join(CONFIG), e.to_string()))?;
+        meaning.scaling.check(&meaning.spec).map_err(|e| Error::file(path.join(CONFIG), e.to_string()))?;
         let progress = reader.json(crate::checkpoint::STATE)?;
         let table = model::table(&meaning.spec, &meaning.scaling);
         let origin = Self { reader, meaning, progress, table };

@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::place;
-use crate::{Error, Result};
+use crate::{Error, Result, error::is_full};
 
 /// The file system.
 #[derive(Clone, Default)]
@@ -112,10 +112,6 @@ fn refused(action: &'static str, path: &Path, source: io::Error, size: usize) ->
     let needed = if size == 0 { String::new() } else { format!(" (the file needs {size} bytes{free})") };
     let why = format!("the disk is full{needed}; make room or choose another place. Earlier checkpoints are unchanged");
     Error::file(path, why)
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Bytes that may still be written to the file system that holds the folder of `path`; none if it does not say.

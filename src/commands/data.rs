@@ -167,7 +167,7 @@ fn tokenize(args: TokenizeArgs) -> Result<()> {
     if args.json {
         return print_json(&info);
     }
-    println!(
+    say!(
         "{} tokens to train on in {} documents, {} to validate on in {}; vocabulary {}; {}",
         human::count(info.train.tokens as f64),
         info.train.documents,
@@ -175,7 +175,7 @@ fn tokenize(args: TokenizeArgs) -> Result<()> {
         info.val.documents,
         info.vocab,
         args.out.display()
-    );
+    )?;
     Ok(())
 }
 
@@ -189,7 +189,7 @@ fn train_tokenizer(args: TrainArgs) -> Result<()> {
     if args.json {
         return print_json(&trained);
     }
-    println!("vocabulary {} from {}; {}", trained.vocab, human::bytes(trained.text_bytes), args.out.display());
+    say!("vocabulary {} from {}; {}", trained.vocab, human::bytes(trained.text_bytes), args.out.display())?;
     Ok(())
 }
 
@@ -204,7 +204,10 @@ struct Written {
 }
 
 fn synth(args: SynthArgs) -> Result<()> {
-    if args.out.exists() && !args.force {
+    if args.bytes == 0 {
+        return Err(Error::config("--bytes", 0, "must be 1 or more"));
+    }
+    if args.out.is_dir() || (args.out.exists() && !args.force) {
         return Err(Error::Exists { path: args.out });
     }
     let jsonl = args.out.extension().is_some_and(|e| e == "jsonl");
@@ -222,13 +225,13 @@ fn synth(args: SynthArgs) -> Result<()> {
     if args.json {
         return print_json(&written);
     }
-    println!(
+    say!(
         "{} documents, {}, {:.4} nats a byte; {}",
         written.documents,
         human::bytes(written.bytes),
         written.nats_per_byte,
         args.out.display()
-    );
+    )?;
     Ok(())
 }
 
@@ -243,6 +246,5 @@ fn look(args: InspectArgs) -> Result<()> {
         return print_json(&summary);
     }
     let text = toml::to_string_pretty(&summary).map_err(|e| Error::file(&args.path, e.to_string()))?;
-    print!("{text}");
-    Ok(())
+    super::print(text)
 }

@@ -49,6 +49,9 @@ pub struct Args {
     json: bool,
 }
 
+/// Most sequences at a time: far more than keep a machine busy.
+const MAX_BATCH: usize = 1 << 12;
+
 /// Part of a dataset.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
@@ -60,8 +63,8 @@ enum Part {
 
 pub fn run(args: Args) -> Result<()> {
     run::check_device(args.device)?;
-    if args.batch == 0 {
-        return Err(Error::config("--batch", 0, "must be 1 or more"));
+    if args.batch == 0 || args.batch > MAX_BATCH {
+        return Err(Error::config("--batch", args.batch, format!("must be between 1 and {MAX_BATCH}")));
     }
     let origin = Origin::open(&run::checkpoint_path(&args.checkpoint)?)?;
     let result = match origin.dtype()? {
@@ -71,7 +74,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.json {
         return print_json(&result);
     }
-    println!("loss {:.6} nats, perplexity {:.4}, {} tokens", result.loss, result.perplexity, result.tokens);
+    say!("loss {:.6} nats, perplexity {:.4}, {} tokens", result.loss, result.perplexity, result.tokens)?;
     Ok(())
 }
 

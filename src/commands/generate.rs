@@ -12,10 +12,7 @@ use crate::{
     run::{self, Model},
     upscale::Origin,
 };
-use std::{
-    io::{Write, stdout},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
 /// Arguments of `generate`.
 #[derive(clap::Args)]
@@ -83,6 +80,13 @@ fn generate<B: Ops>(backend: B, origin: &Origin, tokenizer: &Tokenizer, args: &A
         // What stands before a document's first token in training.
         tokens.push(tokenizer.end_of_text().unwrap_or(0) as i32);
     }
+    let vocab = decoder.spec.vocab;
+    if let Some(token) = tokens.iter().find(|&&t| t as usize >= vocab) {
+        let why =
+            format!("gives token {token}, but the model's vocabulary is {vocab}: give the one it was trained with");
+        let path = args.tokenizer.as_ref().unwrap_or(&args.checkpoint);
+        return Err(Error::config("--tokenizer", path.display(), why));
+    }
     let mut generator = Generator::new(&model.backend, decoder)?;
     let mut draws = rng::Stream::new(args.seed, "generate").rng();
     let (mut added, mut shown) = (Vec::new(), 0);
@@ -111,8 +115,7 @@ fn generate<B: Ops>(backend: B, origin: &Origin, tokenizer: &Tokenizer, args: &A
     if args.json {
         return print_json(&serde_json::json!({ "prompt": args.prompt, "text": text, "tokens": added.len() }));
     }
-    println!("{}", &text[shown.min(text.len())..]);
-    Ok(())
+    say!("{}", &text[shown.min(text.len())..])
 }
 
 /// Prints the part of the decoded text that is new and complete; returns how much has been printed.
@@ -121,9 +124,7 @@ fn print_new(tokenizer: &Tokenizer, added: &[u32], shown: usize) -> Result<usize
     // A character of several bytes may still be incomplete: it decodes to U+FFFD until it is not.
     let end = text.trim_end_matches('\u{fffd}').len();
     if end > shown && text.is_char_boundary(shown) {
-        print!("{}", &text[shown..end]);
-        // Somebody who closed the pipe has seen enough; the next print says so.
-        let _ = stdout().flush();
+        super::print(&text[shown..end])?;
         return Ok(end);
     }
     Ok(shown)

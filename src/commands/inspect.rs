@@ -74,8 +74,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.json {
         return print_json(&report);
     }
-    print(&report);
-    Ok(())
+    print(&report)
 }
 
 fn describe(meaning: Meaning, position: Option<Position>) -> Report {
@@ -111,18 +110,18 @@ fn init_std(row: &Row, table: &Table, meaning: &Meaning) -> f64 {
     }
 }
 
-fn print(report: &Report) {
+fn print(report: &Report) -> Result<()> {
     let Meaning { spec, scaling, optimizer, tokenizer } = &report.meaning;
-    println!("{}: {} parameters; {}", spec.arch(), human::count(report.parameters as f64), spec.dims());
-    println!("{:?} parametrisation, base {}", scaling.kind, scaling.base);
-    println!("optimizer {:?}, lr {}, weight decay {}", optimizer.kind, optimizer.lr, optimizer.weight_decay);
+    say!("{}: {} parameters; {}", spec.arch(), human::count(report.parameters as f64), spec.dims())?;
+    say!("{:?} parametrisation, base {}", scaling.kind, scaling.base)?;
+    say!("optimizer {:?}, lr {}, weight decay {}", optimizer.kind, optimizer.lr, optimizer.weight_decay)?;
     if let Some(tokenizer) = tokenizer {
-        println!("tokenizer {tokenizer}");
+        say!("tokenizer {tokenizer}")?;
     }
     if let Some(p) = report.position {
-        println!("step {}, {} tokens, t = {}", p.step, human::count(p.tokens as f64), p.time);
+        say!("step {}, {} tokens, t = {}", p.step, human::count(p.tokens as f64), p.time)?;
     }
-    println!("\nFactors are ratios to the base shape; lr, wd and eps are the values in use.\n");
+    say!("\nFactors are ratios to the base shape; lr, wd and eps are the values in use.\n")?;
     let mut rows = table::Table::new(["tensor", "axes", "s", "gamma", "lr", "wd", "eps", "init std", "clip"]);
     for t in &report.tensors {
         let number = |x: f64| human::number(x);
@@ -138,5 +137,5 @@ fn print(report: &Report) {
             number(t.clip_weight),
         ]);
     }
-    print!("{rows}");
+    super::print(rows)
 }

@@ -2,6 +2,11 @@
 //!
 //! Results go to standard output, progress and messages to standard error.
 
+/// `println!`, but what goes wrong is an error: see [`print`].
+macro_rules! say {
+    ($($text:tt)*) => { super::print(format_args!("{}\n", format_args!($($text)*))) };
+}
+
 mod bench;
 mod data;
 mod eval;
@@ -11,9 +16,13 @@ mod quickstart;
 mod train;
 mod upscale;
 
-use crate::{Result, report::progress::Show};
+use crate::{Error, Result, report::progress::Show};
 use clap::{CommandFactory, Parser, Subcommand};
-use std::process::ExitCode;
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+};
 
 /// Train a small transformer, widen it exactly - weights and optimizer state -, and go on training.
 #[derive(Parser)]
@@ -57,8 +66,11 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     match args.run() {
         Ok(()) => ExitCode::SUCCESS,
+        // As if by SIGPIPE: who closed the pipe has seen enough.
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(141),
         Err(error) => {
-            eprintln!("error: {error}");
+            // Where nobody reads the message the code still tells.
+            let _ = writeln!(io::stderr(), "error: {error}");
             ExitCode::from(error.exit_code())
         }
     }
@@ -77,18 +89,24 @@ impl Args {
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut std::io::stdout());
-                Ok(())
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut script);
+                print(String::from_utf8_lossy(&script))
             }
         }
     }
 }
 
+/// Prints on standard output, at once. A pipe that was closed is an error like any other, where `print!` would panic.
+fn print(text: impl Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("write", "standard output"))
+}
+
 /// Prints a value as JSON on standard output.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| crate::Error::Usage(format!("no JSON: {e}")))?;
-    println!("{text}");
-    Ok(())
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::Usage(format!("no JSON: {e}")))?;
+    print(text + "\n")
 }
 
 /// How progress is shown beside a result that may be JSON.

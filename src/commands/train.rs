@@ -80,13 +80,13 @@ fn report(outcome: &Outcome, json: bool) -> Result<()> {
         return print_json(outcome);
     }
     let validation = outcome.validation_loss.map_or(String::new(), |loss| format!(", validation loss {loss:.4}"));
-    println!(
+    say!(
         "{} steps, {} tokens in {}; loss {:.4}{validation}; {}",
         outcome.steps,
         human::count(outcome.tokens as f64),
         human::seconds(outcome.seconds),
         outcome.loss,
         outcome.checkpoint.display()
-    );
+    )?;
     Ok(())
 }

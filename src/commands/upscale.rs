@@ -125,12 +125,12 @@ pub fn run(args: Args) -> Result<()> {
         return print_json(&outcome);
     }
     let (from, to) = (human::count(outcome.narrow_parameters as f64), human::count(outcome.parameters as f64));
-    println!(
+    say!(
         "{from} → {to} parameters ({}) in {}; {}",
         outcome.shape,
         human::seconds(outcome.seconds),
         outcome.checkpoint.display()
-    );
+    )?;
     Ok(())
 }
 

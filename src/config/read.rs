@@ -107,6 +107,16 @@ impl Config {
                 return Err(Error::config(field, value, "must be between 1 and 1048576"));
             }
         }
+        if self.memory.limit > usize::MAX >> 20 {
+            return Err(Error::config(
+                "memory.limit",
+                self.memory.limit,
+                "is more than this machine can address (MiB)",
+            ));
+        }
+        if self.run.as_os_str().is_empty() {
+            return Err(Error::config("run", "\"\"", "must name the folder that the run writes, for example runs/one"));
+        }
         if self.steps == 0 {
             return Err(Error::config("steps", 0, "must be 1 or more"));
         }
@@ -143,8 +153,8 @@ fn explain(error: &toml::de::Error) -> String {
     let known = message.starts_with("unknown field") || message.starts_with("unknown variant");
     match names.next() {
         Some(unknown) if known => {
-            let near =
-                names.max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
+            let likeness = |name: &&str| strsim::jaro_winkler(unknown, name);
+            let near = names.filter(|name| likeness(name) > 0.5).max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
             near.map_or(text.clone(), |near| format!("{}\ndid you mean `{near}`?", text.trim_end()))
         }
         _ => text,

@@ -32,7 +32,7 @@ pub struct TokenizeOptions {
     /// The fraction to validate on, 0 to 0.5: one document of every 1 / fraction, or, where there are fewer documents
     /// than that, the last tokens.
     pub val_fraction: f64,
-    /// Tokens in a file, at most 2³¹ - 1.
+    /// Tokens in a file, 256 to 2³¹ - 1.
     pub shard_tokens: u64,
     /// Replace a dataset that is there already.
     pub force: bool,
@@ -44,6 +44,9 @@ impl Default for TokenizeOptions {
         Self { val_fraction: 0.05, shard_tokens: 100_000_000, force: false }
     }
 }
+
+/// Smallest files of tokens that may be asked for.
+const MIN_SHARD_TOKENS: u64 = 256;
 
 /// Text that is encoded at once; enough to keep all threads busy.
 const BATCH_BYTES: usize = 4 << 20;
@@ -61,6 +64,10 @@ pub fn tokenize(
     progress: OnProgress<'_>,
 ) -> Result<DatasetInfo> {
     check_val_fraction(options.val_fraction)?;
+    if options.shard_tokens < MIN_SHARD_TOKENS {
+        let why = format!("must be {MIN_SHARD_TOKENS} or more: every file would be mapped into memory");
+        return Err(Error::config("shard_tokens", options.shard_tokens, why));
+    }
     refuse_output_around_input(corpus, out)?;
     let partial = Partial::folder(out, options.force, DATASET_FILE)?;
     let mut parts = Parts::new(partial.path(), tokenizer, options);

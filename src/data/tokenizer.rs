@@ -27,6 +27,9 @@ pub const BYTES: &str = "bytes";
 /// GiB.
 pub const MAX_TRAINING_BYTES: u64 = 1 << 30;
 
+/// Largest vocabulary that is trained: more than any language model has.
+const MAX_TRAINED_VOCAB: usize = 1 << 20;
+
 /// Long documents are encoded in pieces of about this many bytes: by several threads, in bounded memory.
 const PIECE_BYTES: usize = 1 << 16;
 
@@ -68,6 +71,9 @@ impl Tokenizer {
                 vocab,
                 "is too small for 256 bytes and <|endoftext|>: write at least 257",
             ));
+        }
+        if vocab > MAX_TRAINED_VOCAB {
+            return Err(Error::config("vocab", vocab, format!("must be at most {MAX_TRAINED_VOCAB}")));
         }
         let trainer = BpeTrainer::builder()
             .vocab_size(vocab)

@@ -1,8 +1,8 @@
 //! Memory, planned by name before the first step: reserve, print, then commit to one allocation.
 
 use crate::{
-    DType, Result,
-    backend::{Backend, Tensor, aligned},
+    DType, Error, Result,
+    backend::{ALIGNMENT, Backend, Tensor},
 };
 use std::fmt;
 
@@ -25,11 +25,15 @@ impl Plan {
 
     /// Bytes of all tensors, borders counted.
     pub fn bytes(&self) -> usize {
-        self.entries.iter().map(|(_, dtype, len)| aligned(dtype.size() * len)).sum()
+        self.entries.iter().map(|&(_, dtype, len)| bytes_of(dtype, len)).fold(0, usize::saturating_add)
     }
 
     /// Allocates everything at once.
     pub fn commit<B: Backend>(&self, backend: &B) -> Result<Planned<B>> {
+        if self.bytes() > isize::MAX as usize {
+            let why = "out of memory: the plan is larger than this machine can address; use a smaller batch or model";
+            return Err(Error::Device(why.into()));
+        }
         let parts: Vec<_> = self.entries.iter().map(|&(_, dtype, len)| (dtype, len)).collect();
         Ok(Planned(Tensor::carve(backend, &parts)?.into_iter().map(Some).collect()))
     }
@@ -42,7 +46,7 @@ impl fmt::Display for Plan {
         for (name, dtype, len) in &self.entries {
             let general: String =
                 name.split('.').map(|p| if p.parse::<u32>().is_ok() { "*" } else { p }).collect::<Vec<_>>().join(".");
-            let bytes = aligned(dtype.size() * len);
+            let bytes = bytes_of(*dtype, *len);
             match lines.iter_mut().find(|l| l.0 == general) {
                 Some(line) => (line.1, line.2) = (line.1 + 1, line.2 + bytes),
                 None => lines.push((general, 1, bytes)),
@@ -50,15 +54,25 @@ impl fmt::Display for Plan {
         }
         for (name, count, bytes) in lines {
             let times = if count > 1 { format!("  ({count})") } else { String::new() };
-            writeln!(f, "  {:>10}  {name}{times}", mebibytes(bytes))?;
+            writeln!(f, "  {:>10}  {name}{times}", size(bytes))?;
         }
-        write!(f, "  {:>10}  in all", mebibytes(self.bytes()))
+        write!(f, "  {:>10}  in all", size(self.bytes()))
     }
 }
 
-/// Bytes as MiB, for people.
-pub fn mebibytes(bytes: usize) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+/// Bytes of a tensor, its border counted; saturated, so that what no machine can address is too large for this one.
+fn bytes_of(dtype: DType, len: usize) -> usize {
+    len.checked_mul(dtype.size()).and_then(|bytes| bytes.checked_next_multiple_of(ALIGNMENT)).unwrap_or(usize::MAX)
+}
+
+/// Bytes for people.
+pub fn size(bytes: usize) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} B"),
+        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
+        _ => format!("{:.2} GiB", bytes as f64 / (1 << 30) as f64),
+    }
 }
 
 /// The tensors of a committed plan, to be taken once each.

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result,
-    dims::{Dims, MAX_SIZE, Width},
+    dims::{Dims, MAX_LAYERS, MAX_SIZE, Width},
     mup::Parametrization,
     ops::{activation::Activation, norm::NormKind},
 };
@@ -172,27 +172,51 @@ impl Spec {
         }
         match self {
             Self::Decoder(d) => d.check(),
-            Self::Mlp(m) => {
-                size_of("inputs", m.inputs)?;
-                size_of("classes", m.classes)
-            }
+            Self::Mlp(m) => m.check(),
         }
     }
 }
 
 fn size_of(field: &str, size: usize) -> Result<()> {
-    if size == 0 || size > MAX_SIZE {
-        return Err(Error::config(format!("model.{field}"), size, format!("must be between 1 and {MAX_SIZE}")));
+    at_most(MAX_SIZE, field, size)
+}
+
+fn at_most(largest: usize, field: &str, size: usize) -> Result<()> {
+    if size == 0 || size > largest {
+        return Err(Error::config(format!("model.{field}"), size, format!("must be between 1 and {largest}")));
     }
     Ok(())
 }
 
+fn positive(field: &str, value: f64) -> Result<()> {
+    if value > 0.0 && value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::config(format!("model.{field}"), value, "must be a positive number"))
+}
+
+impl MlpSpec {
+    fn check(&self) -> Result<()> {
+        size_of("inputs", self.inputs)?;
+        size_of("classes", self.classes)?;
+        at_most(MAX_LAYERS, "hidden", self.dims.iter().count())?;
+        positive("init_std", self.init_gain)?;
+        positive("multipliers.logits", self.logits)
+    }
+}
+
 impl DecoderSpec {
     fn check(&self) -> Result<()> {
-        for (field, size) in [("layers", self.layers), ("vocab", self.vocab), ("context", self.context)] {
-            size_of(field, size)?;
+        at_most(MAX_LAYERS, "layers", self.layers)?;
+        size_of("vocab", self.vocab)?;
+        size_of("context", self.context)?;
+        let attention = [Width::KvHeads, Width::Group, Width::HeadDim].map(|w| self.dims.get(w) as u128);
+        if attention.iter().product::<u128>() > MAX_SIZE as u128 {
+            let why = format!("kv_heads × group × head_dim, {attention:?}, is over {MAX_SIZE}");
+            return Err(Error::config("model.kv_heads", self.dims.get(Width::KvHeads), why));
         }
-        if let Positions::Rope { dim, .. } = self.positions {
+        if let Positions::Rope { base, dim } = self.positions {
+            positive("rope_base", base)?;
             let e = self.dims.get(Width::HeadDim);
             if !e.is_multiple_of(2) {
                 return Err(Error::config("model.head_dim", e, "RoPE turns pairs: the head size must be even"));
@@ -205,7 +229,12 @@ impl DecoderSpec {
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(Error::config("model.norm_eps", self.norm_eps, "must lie between 0 and 1, usually 1e-5"));
         }
-        Ok(())
+        positive("init_std", self.init_std)?;
+        let Alphas { embedding, residual, attention, logits } = self.alphas;
+        positive("multipliers.embedding", embedding)?;
+        positive("multipliers.residual", residual)?;
+        positive("multipliers.attention", attention)?;
+        positive("multipliers.logits", logits)
     }
 }
 
@@ -226,6 +255,20 @@ impl Scaling {
             Parametrization::Mup => &self.base,
             Parametrization::Standard => dims,
         }
+    }
+
+    /// Refuses a base that is no shape of this model.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        for (width, _) in spec.dims().iter().filter(|&(width, _)| !self.base.has(width)) {
+            return Err(Error::config(format!("scaling.base.{width}"), "(absent)", "the base needs a size for it"));
+        }
+        for (width, size) in self.base.iter() {
+            if !spec.dims().has(width) || size == 0 || size > MAX_SIZE {
+                let why = format!("must be a positive size of a width that the model has: {}", spec.dims());
+                return Err(Error::config(format!("scaling.base.{width}"), size, why));
+            }
+        }
+        Ok(())
     }
 
     /// Whether the readout has a forward multiplier ∝ 1 / width.

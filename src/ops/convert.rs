@@ -1,6 +1,9 @@
 //! The float types that tensors are stored in, for the CPU's ops that take any of them.
 
-use crate::backend::cpu::{Element, Real};
+use crate::{
+    backend::cpu::{Element, Real},
+    dtype::round_to_odd,
+};
 use half::{bf16, f16};
 
 /// A storage type of floats. All conversions round to nearest even.
@@ -55,7 +58,7 @@ impl Float for bf16 {
     }
     #[inline(always)]
     fn store(value: f64) -> Self {
-        Self::from_f32(to_odd(value))
+        Self::from_f32(round_to_odd(value))
     }
     #[inline(always)]
     fn round(value: f32) -> Self {
@@ -71,25 +74,12 @@ impl Float for f16 {
     }
     #[inline(always)]
     fn store(value: f64) -> Self {
-        Self::from_f32(to_odd(value))
+        Self::from_f32(round_to_odd(value))
     }
     #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
     }
-}
-
-/// Rounds to an f32 whose last bit says whether anything was cut off, so that rounding it once more to 11 bits or less
-/// gives what rounding `value` itself would (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
-/// The `half` crate's own conversions from f64 drop the lower 32 bits.
-fn to_odd(value: f64) -> f32 {
-    let near = value as f32;
-    let error = f64::from(near) - value;
-    if error == 0.0 || error.is_nan() {
-        return near;
-    }
-    let towards_zero = if (error > 0.0) == (value > 0.0) { near.to_bits() - 1 } else { near.to_bits() };
-    f32::from_bits(towards_zero | 1)
 }
 
 /// Evaluates `$body` with `$T` as the Rust type of a float [`crate::DType`].

@@ -293,7 +293,11 @@ impl<F: Real, G: Real> Sweep<'_, F, G> {
 fn load<F: Real>(x: &[F]) -> [F; LANES] {
     let mut block = [F::ZERO; LANES];
     // A length that the compiler knows makes registers of the block; so in `store`.
-    if x.len() == LANES { block.copy_from_slice(x) } else { block[..x.len()].copy_from_slice(x) }
+    if x.len() == LANES {
+        block.copy_from_slice(x)
+    } else {
+        block[..x.len()].copy_from_slice(x)
+    }
     block
 }
 

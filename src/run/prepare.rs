@@ -24,6 +24,9 @@ use crate::{
 };
 use std::path::{Path, PathBuf};
 
+/// Most tokens of a micro-batch: their activations alone would fill any device.
+const MAX_MICRO_BATCH: usize = 1 << 28;
+
 /// Everything that a run starts from.
 pub struct Prepared {
     /// The configuration, resolved.
@@ -326,6 +329,13 @@ fn finish(mut config: Config, meaning: Meaning, data: Data, origin: Option<Start
     config.parametrization =
         Some(config::ParametrizationConfig { kind: meaning.scaling.kind, base: Some(meaning.scaling.base.clone()) });
     let micro = micro_batch(&config, &meaning.spec);
+    if micro.samples.checked_mul(micro.length).is_none_or(|tokens| tokens > MAX_MICRO_BATCH) {
+        let why = format!(
+            "× the context of {} is over {MAX_MICRO_BATCH} tokens at once: use a smaller one, and more batch.micro_batches",
+            micro.length
+        );
+        return Err(Error::config("batch.size", micro.samples, why));
+    }
     let samples = data.samples(&config, micro)?;
     Ok(Prepared { config, meaning, samples, origin, tokenizer })
 }

@@ -11,11 +11,11 @@ use crate::{
     model::{
         Network,
         decoder::Recompute,
-        plan::{Plan, mebibytes},
+        plan::{Plan, size},
     },
     ops::Ops,
     report::{
-        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
+        metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress, Show},
     },
     state::{Meaning, Position, Progress as Saved, State},
@@ -104,13 +104,13 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
     let why = match fits {
         Some(samples) => format!(
             "does not fit: it needs {}, there are {}; the largest that fits is {samples} (raise batch.micro_batches in turn)",
-            mebibytes(need(thriftiest, config.batch.size)),
-            mebibytes(limit)
+            size(need(thriftiest, config.batch.size)),
+            size(limit)
         ),
         None => format!(
             "does not fit at any size: one sample needs {}, there are {}; use a smaller model or set memory.limit (MiB)",
-            mebibytes(need(thriftiest, 1)),
-            mebibytes(limit)
+            size(need(thriftiest, 1)),
+            size(limit)
         ),
     };
     Err(Error::config("batch.size", config.batch.size, why))
@@ -128,7 +128,6 @@ struct Session<B: Ops> {
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
-    last: (Instant, u64),
     saved: Option<u64>,
     validated: Option<(u64, f64)>,
     loss: f64,
@@ -161,7 +160,6 @@ impl<B: Ops> Session<B> {
         let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
         let progress = Progress::new(&label, config.steps, trainer.position.step, show);
         let clock = (trainer.position.seconds, Instant::now());
-        let last = (Instant::now(), trainer.position.tokens);
         let stop = machine::stop_flag()?;
         Ok(Self {
             trainer,
@@ -174,7 +172,6 @@ impl<B: Ops> Session<B> {
             progress,
             stop,
             clock,
-            last,
             saved: None,
             validated: None,
             loss: f64::NAN,
@@ -223,7 +220,8 @@ impl<B: Ops> Session<B> {
             if due(self.config.checkpoint.every) || stop {
                 self.save()?;
             }
-            if stop {
+            // A signal during the last step finds nothing to interrupt.
+            if stop && step < self.config.steps {
                 let checkpoint = self.store.path(step);
                 return Err(Error::Interrupted { step, checkpoint, run: self.config.run });
             }
@@ -253,7 +251,7 @@ impl<B: Ops> Session<B> {
 
     /// Logs a step; stops the run at the first one that was not finite.
     fn record(&mut self, result: StepResult) -> Result<()> {
-        let (before, tokens) = std::mem::replace(&mut self.last, (Instant::now(), result.position.tokens));
+        let tokens = self.trainer.tokens_per_step() as f64;
         if let Some(bad) = result.bad {
             let tensor = match bad {
                 Bad::Loss => "the loss".into(),
@@ -272,7 +270,7 @@ impl<B: Ops> Session<B> {
             lr: result.lr,
             grad_norm: result.grad_norm,
             update_norm: result.update_norm,
-            tokens_per_second: result.position.tokens.saturating_sub(tokens) as f64 / before.elapsed().as_secs_f64(),
+            tokens_per_second: tokens / result.seconds,
             seconds: self.seconds(),
             memory: machine::resident_memory().unwrap_or(self.trainer.backend.allocated()) as u64,
         };
@@ -305,7 +303,6 @@ impl<B: Ops> Session<B> {
         };
         self.progress.validation(&record);
         self.validated = Some((step, loss));
-        self.last.0 = Instant::now();
         self.metrics.append(&Record::Validation(record))
     }
 
@@ -322,7 +319,6 @@ impl<B: Ops> Session<B> {
         self.store.prune(keep_last, keep_every)?;
         let path = self.store.path(self.trainer.position.step);
         self.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
-        self.last.0 = Instant::now();
         Ok(())
     }
 
@@ -349,13 +345,16 @@ impl<B: Ops> Session<B> {
     }
 }
 
-/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing but
-/// an earlier run.
+/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing
+/// that no run made.
 fn new_run_folder(run: &Path, force: bool) -> Result<()> {
     let mut entries = match fs::read_dir(run) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             return fs::create_dir_all(run).map_err(Error::io("create", run));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Error::config("run", run.display(), "is, or lies in, a file: choose another name"));
         }
         Err(e) => return Err(Error::io("read", run)(e)),
     };
@@ -365,12 +364,20 @@ fn new_run_folder(run: &Path, force: bool) -> Result<()> {
     if !force {
         return Err(Error::Exists { path: run.into() });
     }
-    if !run.join(CONFIG_FILE).exists() {
-        return Err(Error::file(
-            run,
-            format!("is a folder that no run made (it has no {CONFIG_FILE}): --force does not remove it"),
-        ));
+    let checkpoints = Store::new(run).dir().to_path_buf();
+    if !run.join(CONFIG_FILE).is_file() || !checkpoints.is_dir() {
+        let why = format!(
+            "is a folder that no run made (it has no {CONFIG_FILE} or no checkpoints/): --force does not replace it; choose another name"
+        );
+        return Err(Error::file(run, why));
     }
-    fs::remove_dir_all(run).map_err(Error::io("remove", run))?;
-    fs::create_dir_all(run).map_err(Error::io("create", run))
+    fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
+    for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
+        let path = run.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
+            _ => {}
+        }
+    }
+    Ok(())
 }

@@ -24,6 +24,9 @@ pub(crate) mod stream;
 pub use math::Real;
 pub(crate) use parallel::Pool;
 
+/// More threads than any machine has cores: starting many more would take minutes before the system refuses.
+const MAX_THREADS: usize = 4096;
+
 /// The CPU with compute type `F`: activations, weights, gradients and moments are `F`, sums over micro-steps `f64`.
 pub struct Cpu<F> {
     pool: Pool,
@@ -35,6 +38,9 @@ impl<F: Real> Cpu<F> {
     /// A CPU backend with this many threads; 0 means one for each core this process may use.
     pub fn new(threads: usize) -> Result<Self> {
         let threads = if threads == 0 { thread::available_parallelism().map_or(1, usize::from) } else { threads };
+        if threads > MAX_THREADS {
+            return Err(Error::config("threads", threads, format!("must be at most {MAX_THREADS}; 0: all cores")));
+        }
         let pool = Pool::new(threads)
             .map_err(|error| Error::Device(format!("{threads} threads were refused ({error}); ask for fewer")))?;
         Ok(Self { pool, allocated: Arc::default(), compute: PhantomData })
