@@ -188,6 +188,25 @@ pub fn losses<B: Ops>(trainer: &mut Trainer<B>, steps: usize) -> Vec<f64> {
     results.iter().map(|r| r.loss).collect()
 }
 
+/// An optimizer from whose step [`gradient`] reads the gradient: plain SGD, at a rate so high that the weight before is
+/// small beside the change, and no digit is lost in the difference.
+pub const GRADIENT: &str = "kind='sgd'\nlr=1048576\nmomentum=0\nweight_decay=0\nclip=0";
+
+/// The loss of the trainer's next step, and its gradient by all weights, as the arena is laid out. The trainer must have
+/// been made with [`GRADIENT`]; its weights change.
+pub fn gradient<B: Ops>(trainer: &mut Trainer<B>, meaning: &Meaning) -> (f64, Vec<f64>) {
+    let before = read(&trainer.backend, &trainer.state.weights);
+    let loss = losses(trainer, 1)[0];
+    let mut gradient = read(&trainer.backend, &trainer.state.weights);
+    gradient.iter_mut().zip(before).for_each(|(after, before)| *after = before - *after);
+    let table = trainer.network.table();
+    for (i, settings) in meaning.optimizer.settings(table, &meaning.scaling).iter().enumerate() {
+        let rate = meaning.optimizer.lr * settings.lr;
+        gradient[table.values(i)].iter_mut().for_each(|g| *g /= rate);
+    }
+    (loss, gradient)
+}
+
 /// A tensor's values.
 pub fn read<B: Ops>(backend: &B, tensor: &Tensor<B>) -> Vec<f64> {
     let bytes = tensor.len() * tensor.dtype().size();
