@@ -121,7 +121,11 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } | Self::File { .. } | Self::Tensor { .. } | Self::Exists { .. } | Self::Usage(_) => 2,
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => 2,
+            Self::Io { source, .. }
+                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            {
+                2
+            }
             Self::Io { source, .. } if is_full(source) => 2,
             Self::Io { .. } => 1,
             Self::Device(_) => 2,

@@ -6,6 +6,7 @@ use crate::{
     data::{
         Tokenizer,
         inspect::{InspectOptions, inspect},
+        output::Partial,
         shard::TokenDtype,
         synth::{CorpusFormat, Synth},
         text::Corpus,
@@ -207,14 +208,16 @@ fn synth(args: SynthArgs) -> Result<()> {
     if args.bytes == 0 {
         return Err(Error::config("--bytes", 0, "must be 1 or more"));
     }
-    if args.out.is_dir() || (args.out.exists() && !args.force) {
-        return Err(Error::Exists { path: args.out });
-    }
+    let partial = Partial::file(&args.out, args.force)?;
     let jsonl = args.out.extension().is_some_and(|e| e == "jsonl");
     let format = if jsonl { CorpusFormat::Jsonl } else { CorpusFormat::Text };
-    let mut out = BufWriter::new(File::create(&args.out).map_err(Error::io("create", &args.out))?);
+    let mut out = BufWriter::new(File::create(partial.path()).map_err(Error::io("create", partial.path()))?);
     let stats = Synth::new(args.seed).write_corpus(&mut out, args.first, args.bytes, format);
-    let stats = stats.and_then(|stats| out.flush().map(|()| stats)).map_err(Error::io("write", &args.out))?;
+    let stats = stats
+        .and_then(|stats| out.flush().and_then(|()| out.get_ref().sync_all()).map(|()| stats))
+        .map_err(Error::io("write", &args.out))?;
+    drop(out);
+    partial.publish()?;
     let nats: f64 = stats.document_nats.iter().sum();
     let written = Written {
         documents: stats.document_nats.len(),

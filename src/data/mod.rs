@@ -26,7 +26,7 @@ pub mod dataset;
 pub mod inspect;
 mod mapped;
 pub mod order;
-mod output;
+pub(crate) mod output;
 pub mod rows;
 pub mod shard;
 pub mod synth;

@@ -9,7 +9,7 @@ use std::{
 };
 
 /// A file or folder that is being written beside its final place. Dropped before [`Partial::publish`], it is removed.
-pub(super) struct Partial {
+pub(crate) struct Partial {
     beside: PathBuf,
     target: PathBuf,
     published: bool,
@@ -35,8 +35,8 @@ impl Partial {
         Ok(partial)
     }
 
-    /// Writes `content` to the file `target`; an existing one is refused without `force`.
-    pub(super) fn write_file(target: &Path, force: bool, content: &[u8]) -> Result<()> {
+    /// Starts a file that will be `target`; an existing one is refused without `force`.
+    pub(crate) fn file(target: &Path, force: bool) -> Result<Self> {
         if target.is_dir() || (target.exists() && !force) {
             return Err(Error::Exists { path: target.into() });
         }
@@ -44,17 +44,23 @@ impl Partial {
         if let Some(parent) = partial.beside.parent() {
             fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         }
+        Ok(partial)
+    }
+
+    /// Writes `content` to the file `target`; an existing one is refused without `force`.
+    pub(super) fn write_file(target: &Path, force: bool, content: &[u8]) -> Result<()> {
+        let partial = Self::file(target, force)?;
         write_synced(&partial.beside, content)?;
         partial.publish()
     }
 
     /// The folder, or file, to write into.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.beside
     }
 
     /// Puts what was written in its place; what was there before is removed after that.
-    pub(super) fn publish(mut self) -> Result<()> {
+    pub(crate) fn publish(mut self) -> Result<()> {
         if self.beside.is_dir() {
             File::open(&self.beside).and_then(|f| f.sync_all()).map_err(Error::io("write", &self.beside))?;
             let old = sibling(&self.target, "old")?;

@@ -145,6 +145,9 @@ impl<B: Ops> Session<B> {
     ) -> Result<Self> {
         let run = config.run.clone();
         if !resumes {
+            if let Some(init) = &config.init {
+                refuse_run_around_source(&run, &init.from)?;
+            }
             new_run_folder(&run, force)?;
         }
         let store = Store::new(&run);
@@ -342,6 +345,17 @@ impl<B: Ops> Session<B> {
         writer.commit()?;
         self.saved = Some(position.step);
         Ok(())
+    }
+}
+
+/// A run folder that is made anew must not hold the checkpoint that the run starts from.
+fn refuse_run_around_source(run: &Path, from: &Path) -> Result<()> {
+    match (fs::canonicalize(run), fs::canonicalize(from)) {
+        (Ok(folder), Ok(source)) if source.starts_with(&folder) => {
+            let why = format!("lies in the run folder {} that would be made anew: choose another run", run.display());
+            Err(Error::config("init.from", from.display(), why))
+        }
+        _ => Ok(()),
     }
 }
 
