@@ -1,4 +1,5 @@
 use super::*;
+use crate::Result;
 use std::path::Path;
 
 fn parse(text: &str, sets: &[&str]) -> Result<Config> {

@@ -259,7 +259,7 @@ impl Scaling {
 
     /// Refuses a base that is no shape of this model.
     pub fn check(&self, spec: &Spec) -> Result<()> {
-        for (width, _) in spec.dims().iter().filter(|&(width, _)| !self.base.has(width)) {
+        if let Some((width, _)) = spec.dims().iter().find(|&(width, _)| !self.base.has(width)) {
             return Err(Error::config(format!("scaling.base.{width}"), "(absent)", "the base needs a size for it"));
         }
         for (width, size) in self.base.iter() {

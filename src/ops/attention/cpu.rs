@@ -114,7 +114,7 @@ impl<'a> Block<'a> {
             for (query, (&max, &sum)) in max.iter().zip(&*sum).enumerate() {
                 // Without a key to see there are no numerators: out stays 0 and the logarithm is −∞.
                 let factor = if sum == F::ZERO { F::ZERO } else { F::ONE / sum };
-                out[query * width..][..head_dim].iter_mut().for_each(|x| *x = *x * factor);
+                out[query * width..][..head_dim].iter_mut().for_each(|x| *x *= factor);
                 log_sum_exp[query * kv_heads * group] = max + sum.ln();
             }
         });
@@ -138,7 +138,7 @@ fn softmax_numerators<F: Real>(scores: &mut [F], max: &mut [F], sum: &mut [F]) {
     for row in scores.chunks_mut(max.len()) {
         for ((score, sum), &max) in row.iter_mut().zip(&mut *sum).zip(&*max) {
             *score = (*score - max).exp();
-            *sum = *sum + *score;
+            *sum += *score;
         }
     }
 }

@@ -168,7 +168,7 @@ impl<F: Real> Head for Cpu<F> {
         gemm_on(self.pool(), size, F::from_f64(scale), x, weight, F::ZERO, product);
         if let Some(bias) = bias.map(Ref::as_slice::<F>) {
             for row in logits.chunks_mut(classes) {
-                row.iter_mut().zip(bias).for_each(|(z, &b)| *z = *z + b);
+                row.iter_mut().zip(bias).for_each(|(z, &b)| *z += b);
             }
         }
     }
