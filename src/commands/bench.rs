@@ -79,7 +79,7 @@ fn train(args: TrainArgs) -> Result<()> {
     if args.json {
         return print_json(&speed);
     }
-    println!(
+    say!(
         "width {}, {} parameters, {}: {:.1} ms a step (best {:.1}), {}, {:.3} TFLOP/s",
         speed.width,
         human::count(speed.parameters as f64),
@@ -88,9 +88,9 @@ fn train(args: TrainArgs) -> Result<()> {
         speed.ms_best,
         human::rate(speed.tokens_per_second, "tokens"),
         speed.tflops
-    );
+    )?;
     for place in speed.profile.iter().flatten() {
-        println!("  {:8.2} ms  {:5.1} ×  {}", place.ms, place.calls, place.place);
+        say!("  {:8.2} ms  {:5.1} ×  {}", place.ms, place.calls, place.place)?;
     }
     Ok(())
 }
@@ -109,15 +109,18 @@ fn upscale(args: UpscaleArgs) -> Result<()> {
         return print_json(&speed);
     }
     let count = |n: usize| human::count(n as f64);
-    println!("{} → {} parameters, σ = {}", count(speed.parameters), count(speed.wide_parameters), speed.noise);
-    println!("  open and verify     {:.3} s", speed.open_seconds);
-    println!("  into fresh memory   {:.3} s", speed.first_touch_seconds);
-    println!(
+    say!("{} → {} parameters, σ = {}", count(speed.parameters), count(speed.wide_parameters), speed.noise)?;
+    say!("  open and verify     {:.3} s", speed.open_seconds)?;
+    say!("  into fresh memory   {:.3} s", speed.first_touch_seconds)?;
+    say!(
         "  into touched memory {:.3} s, {:.2} GB/s (best {:.2}); a plain fill runs at {:.2} GB/s",
-        speed.seconds, speed.gb_per_second, speed.gb_per_second_best, speed.fill_gb_per_second
-    );
+        speed.seconds,
+        speed.gb_per_second,
+        speed.gb_per_second_best,
+        speed.fill_gb_per_second
+    )?;
     if let Some(most) = speed.anonymous_over_wide {
-        println!("  anonymous memory    {most:.3} × the wide state");
+        say!("  anonymous memory    {most:.3} × the wide state")?;
     }
     Ok(())
 }

@@ -59,15 +59,15 @@ pub fn run(args: Args) -> Result<()> {
         program: std::env::args().next().unwrap_or_else(|| "mupscale".into()),
     };
     let show = show(args.json);
-    let mut say = |text: &str| {
+    let mut tell = |text: &str| {
         if !args.json {
-            println!("{text}");
+            // A picture of progress, like the bars: it may be lost, the results may not.
+            let _ = say!("{text}");
         }
     };
-    let summary = quickstart::run(&options, &mut Audience { show, say: &mut say, progress: &mut data::shown(show) })?;
+    let summary = quickstart::run(&options, &mut Audience { show, say: &mut tell, progress: &mut data::shown(show) })?;
     if args.json {
         return print_json(&summary);
     }
-    println!("\ndone in {}", human::seconds(summary.seconds));
-    Ok(())
+    say!("\ndone in {}", human::seconds(summary.seconds))
 }
