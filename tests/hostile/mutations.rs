@@ -54,10 +54,10 @@ enum Mutation {
 fn mutation() -> impl Strategy<Value = Mutation> {
     use Mutation::*;
     prop_oneof![
-        (any::<usize>(), 1..9usize).prop_map(|(at, n)| Delete(at, n)),
-        (any::<usize>(), 1..40usize).prop_map(|(at, n)| Duplicate(at, n)),
-        (any::<usize>(), prop::collection::vec(any::<u8>(), 1..4)).prop_map(|(at, bytes)| Insert(at, bytes)),
-        (any::<usize>(), any::<usize>()).prop_map(|(a, b)| Swap(a, b)),
+        1 => (any::<usize>(), 1..9usize).prop_map(|(at, n)| Delete(at, n)),
+        1 => (any::<usize>(), 1..40usize).prop_map(|(at, n)| Duplicate(at, n)),
+        1 => (any::<usize>(), prop::collection::vec(any::<u8>(), 1..4)).prop_map(|(at, bytes)| Insert(at, bytes)),
+        1 => (any::<usize>(), any::<usize>()).prop_map(|(a, b)| Swap(a, b)),
         6 => (any::<usize>(), any::<usize>()).prop_map(|(line, value)| Value(line, value)),
     ]
 }
