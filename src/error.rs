@@ -86,6 +86,12 @@ pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// Whether the system refused because of the name that it was given.
+fn is_a_name(error: &io::Error) -> bool {
+    use io::ErrorKind::{AlreadyExists, IsADirectory, NotADirectory, NotFound};
+    matches!(error.kind(), AlreadyExists | IsADirectory | NotADirectory | NotFound)
+}
+
 /// What to do about a refusal, where that is not plain from the system's own words.
 fn remedy(error: &io::Error) -> &'static str {
     if is_full(error) { ": the disk is full; make room, or choose another place" } else { "" }
@@ -121,11 +127,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } | Self::File { .. } | Self::Tensor { .. } | Self::Exists { .. } | Self::Usage(_) => 2,
-            Self::Io { source, .. }
-                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
-            {
-                2
-            }
+            Self::Io { source, .. } if is_a_name(source) => 2,
             Self::Io { source, .. } if is_full(source) => 2,
             Self::Io { .. } => 1,
             Self::Device(_) => 2,

@@ -6,7 +6,7 @@ use crate::{
     model::{
         gpt2::{self, Gpt2},
         llama::{self, Llama},
-        spec::{Alphas, DecoderSpec, MlpSpec, Spec},
+        spec::{Alphas, DecoderSpec, MlpSpec, Spec, size_of},
     },
     ops::activation::Activation,
 };
@@ -151,10 +151,13 @@ fn decoder(c: &ModelConfig, vocab: usize) -> Result<DecoderSpec> {
         },
     )?;
     let (residual, kv_heads) = (needed("residual", c.residual)?, needed("kv_heads", c.kv_heads)?);
+    // Before other sizes are computed from it.
+    size_of("residual", residual)?;
     let group = c.group.unwrap_or(1);
     let heads = kv_heads.checked_mul(group).filter(|&h| h > 0);
-    let heads =
-        heads.ok_or_else(|| Error::config("model.kv_heads", kv_heads, "kv_heads and group must be 1 or more"))?;
+    let heads = heads.ok_or_else(|| {
+        Error::config("model.kv_heads", kv_heads, "kv_heads × group must be 1 or more, and not beyond all machines")
+    })?;
     let head_dim = match c.head_dim {
         Some(e) => e,
         None if residual.is_multiple_of(heads) => residual / heads,

@@ -124,12 +124,17 @@ impl Config {
     }
 }
 
+/// Keys whose values are names, even where a name looks like a number: `--set run=1`.
+const NAMES: [&str; 5] = ["run", "data.path", "data.labels", "data.label_column", "init.from"];
+
 /// Applies `key=value`: the key is dotted, the value TOML, or else a string.
 pub fn set_value(table: &mut toml::Table, assignment: &str) -> Result<()> {
     let Some((key, value)) = assignment.split_once('=') else {
         return Err(Error::config("--set", assignment, "must be key=value, for example --set optimizer.lr=0.002"));
     };
     let value = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
+    let names = NAMES.contains(&key.trim());
+    let value = value.filter(|value| !names || value.is_str());
     let value = value.unwrap_or_else(|| toml::Value::String(assignment[key.len() + 1..].into()));
     let mut parts: Vec<&str> = key.trim().split('.').collect();
     let last = parts.pop().unwrap_or_default();

@@ -177,7 +177,8 @@ impl Spec {
     }
 }
 
-fn size_of(field: &str, size: usize) -> Result<()> {
+/// Refuses a size that no model has; `field` lies under `model`.
+pub fn size_of(field: &str, size: usize) -> Result<()> {
     at_most(MAX_SIZE, field, size)
 }
 

@@ -163,7 +163,7 @@ fn damaged_checkpoints_are_refused_by_every_command() {
     place.refuses("eval broken data", &[MODEL, "tensor ", "checksum is wrong", "another checkpoint"]);
     let unseal = |dir: &Path| fs::remove_file(dir.join("manifest.json")).unwrap();
     broken(&place, unseal);
-    READERS[..5].iter().for_each(|line| place.refuses(line, &["broken", "no checkpoint", "manifest.json"]));
+    READERS[..5].iter().for_each(|line| place.refuses(line, &["broken", "incomplete checkpoint", "manifest.json"]));
     // A run whose newest checkpoint is none goes on from the one before.
     place.ok("resume broken-run");
     broken(&place, |dir| fs::remove_file(dir.join(MODEL)).unwrap());
@@ -225,7 +225,7 @@ fn lying_checkpoints_are_refused_by_tensor() {
         ["kv_heads", "group", "head_dim"].iter().for_each(|width| config["dims"][width] = json!(1 << 24));
     });
     lies(&["model.layers"], |config, _, _| config["layers"] = json!(u64::MAX));
-    lies(&["residual", "[256, 17]"], |config, _, _| config["dims"]["residual"] = json!(17));
+    lies(&["tensor embedding.weight", "[256, 17]"], |config, _, _| config["dims"]["residual"] = json!(17));
     lies(&["scaling.base.residual", "0"], |config, _, _| config["scaling"]["base"]["residual"] = json!(0));
     lies(&["scaling.base.hidden_1"], |config, _, _| config["scaling"]["base"]["hidden_1"] = json!(3));
     lies(&["config.json"], |config, _, _| config["family"] = json!("rnn"));
