@@ -222,14 +222,17 @@ fn hidden_keys_leave_no_trace_and_a_blind_query_gives_nothing() {
     let shape = whole(NARROW, 1, 80);
     let (row, width, keys) = (shape.heads.row(), shape.heads.queries(), shape.heads.keys());
     let (mut qkv, dout) = (random(9, 80 * row), random(10, 80 * width));
-    // Token 70 begins a document; token 75 sees nothing at all.
+    // Token 70 begins a document; token 75 sees nothing at all, nor do 32..64, which are a whole block.
     let mut first_key = documents(1, 80, &[70]);
     first_key[75] = 76;
+    first_key[32..64].fill(80);
     let run = |qkv: &[f64]| both(&cpu::<f32>(2), qkv, &dout, Some(&first_key), shape).map(|t| elements::<_, f32>(&t));
     let [out, log_sum_exp, dqkv] = run(&qkv);
-    assert!(out[75 * width..76 * width].iter().all(|&x| x == 0.0));
-    assert!(log_sum_exp[75 * 6..76 * 6].iter().all(|&x| x == f32::NEG_INFINITY));
-    assert!(dqkv[75 * row..][..width].iter().all(|&x| x == 0.0));
+    for blind in (32..64).chain([75]) {
+        assert!(out[blind * width..][..width].iter().all(|&x| x == 0.0));
+        assert!(log_sum_exp[blind * 6..][..6].iter().all(|&x| x == f32::NEG_INFINITY));
+        assert!(dqkv[blind * row..][..width].iter().all(|&x| x == 0.0));
+    }
     assert!(out.iter().chain(&dqkv).all(|x| x.is_finite()));
     // The last token's key and value are seen by itself alone, and the first document by none of the second.
     for x in &mut qkv[79 * row + width..79 * row + width + 2 * keys] {
@@ -272,35 +275,5 @@ fn copies_of_heads_and_of_their_elements_stay_equal_in_bits() {
                 assert_eq!(x[i].to_bits(), x[first].to_bits(), "element {i} is a copy of {first}");
             }
         }
-    }
-}
-
-#[test]
-#[ignore = "a measurement, for a quiet machine: --ignored --nocapture"]
-fn milliseconds_of_attention() {
-    for head_dim in [16, 32, 64] {
-        let cpu = cpu::<f32>(2);
-        let shape = whole(HeadShape { kv_heads: 4, group: 1, head_dim }, 8, 256);
-        let row = shape.heads.row();
-        let (qkv, dout) = (random(1, 2048 * row), random(2, 2048 * shape.heads.queries()));
-        let (qkv, dout) = (floats(&cpu, &qkv), floats(&cpu, &dout));
-        let (out, log_sum_exp) = forward(&cpu, &qkv, None, shape);
-        let mut dqkv = unwritten(&cpu, qkv.len());
-        let mut backward = || {
-            let (out, log_sum_exp) = (out.view(), log_sum_exp.view());
-            cpu.attention_backward(dqkv.view_mut(), dout.view(), out, log_sum_exp, qkv.view(), None, shape);
-        };
-        let measure = |name: &str, run: &mut dyn FnMut()| {
-            let mut time = || {
-                let start = std::time::Instant::now();
-                run();
-                start.elapsed().as_secs_f64() * 1e3
-            };
-            let mut times: Vec<f64> = (0..31).map(|_| time()).collect();
-            times.sort_by(f64::total_cmp);
-            println!("head_dim {head_dim}, {name}: {:.2} ms, least {:.2}", times[15], times[0]);
-        };
-        measure("forward", &mut || drop(forward(&cpu, &qkv, None, shape)));
-        measure("backward", &mut backward);
     }
 }
