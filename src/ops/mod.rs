@@ -22,6 +22,7 @@ pub mod optimizer;
 pub mod pieces;
 pub mod rotary;
 pub mod scalars;
+mod softmax;
 
 #[cfg(test)]
 mod tests;

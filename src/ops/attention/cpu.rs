@@ -15,15 +15,18 @@ use crate::backend::{
         parallel::{RowsMut, scratch},
     },
 };
+use crate::ops::softmax::numerators;
 use std::ops::Range;
 
 /// Scores of a block: with their gradients they fit into the cache of a core.
 const BLOCK_SCORES: usize = 1 << 17;
+/// Queries of a block, at the most.
+const BLOCK_QUERIES: usize = 32;
 
 /// Queries that are taken together: few, so that little is computed beyond the causal border (32 was fastest, from 16
 /// to 128).
 fn query_block(shape: AttentionShape) -> usize {
-    let block = (BLOCK_SCORES / shape.keys.max(1) / 16 * 16).clamp(16, 32);
+    let block = (BLOCK_SCORES / shape.keys.max(1) / 16 * 16).clamp(16, BLOCK_QUERIES);
     block.min(shape.queries.max(1))
 }
 
@@ -101,43 +104,21 @@ impl<'a> Block<'a> {
     ) {
         let HeadShape { kv_heads, group, head_dim } = shape.heads;
         let (keys, queries) = (self.keys.len(), self.queries.len());
-        scratch(keys * queries + 2 * queries, |memory: &mut [F]| {
-            let (statistics, scores) = memory.split_at_mut(2 * queries);
-            let (max, sum) = statistics.split_at_mut(queries);
+        let (mut max, mut sum) = ([F::ZERO; BLOCK_QUERIES], [0.0; BLOCK_QUERIES]);
+        let (max, sum) = (&mut max[..queries], &mut sum[..queries]);
+        scratch(keys * queries, |scores: &mut [F]| {
             self.scores(scores, &q, &k, shape);
-            vectorize!(softmax_numerators(scores, max, sum));
+            numerators(scores, max, sum);
             let width = shape.heads.queries();
             let size = (queries, head_dim, keys);
             gemm(size, F::ONE, (scores, (1, queries)), v.from(self.keys.start), F::ZERO, (&mut *out, (width, 1)));
             for (query, (&max, &sum)) in max.iter().zip(&*sum).enumerate() {
                 // Without a key to see there are no numerators: out stays 0 and the logarithm is −∞.
-                let factor = if sum == F::ZERO { F::ZERO } else { F::ONE / sum };
+                let factor = if sum == 0.0 { F::ZERO } else { F::from_f64(1.0 / sum) };
                 out[query * width..][..head_dim].iter_mut().for_each(|x| *x *= factor);
-                log_sum_exp[query * kv_heads * group] = max + sum.ln();
+                log_sum_exp[query * kv_heads * group] = F::from_f64(max.to_f64() + sum.ln());
             }
         });
-    }
-}
-
-/// In scores, keys × queries, subtracts the maximum of each column and takes exponentials; writes the maxima (0 for a
-/// column of −∞) and the sums of columns.
-#[inline(always)]
-fn softmax_numerators<F: Real>(scores: &mut [F], max: &mut [F], sum: &mut [F]) {
-    max.fill(F::NEG_INFINITY);
-    for row in scores.chunks(max.len()) {
-        for (max, &score) in max.iter_mut().zip(row) {
-            *max = if score > *max { score } else { *max };
-        }
-    }
-    for max in max.iter_mut() {
-        *max = if *max == F::NEG_INFINITY { F::ZERO } else { *max };
-    }
-    sum.fill(F::ZERO);
-    for row in scores.chunks_mut(max.len()) {
-        for ((score, sum), &max) in row.iter_mut().zip(&mut *sum).zip(&*max) {
-            *score = (*score - max).exp();
-            *sum += *score;
-        }
     }
 }
 

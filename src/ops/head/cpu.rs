@@ -12,14 +12,16 @@
 //! subtracted at the target, and the factor goes into dx after its product and into x before that of dweight.
 
 use super::{Head, ReadoutGradients, ReadoutShape};
-use crate::backend::{
-    Mut, Ref,
-    cpu::{
-        Cpu, Real,
-        gemm::{gemm, gemm_on},
-        math::vectorize,
-        parallel::{RowsMut, scratch as scratch_of_thread},
+use crate::{
+    backend::{
+        Mut, Ref,
+        cpu::{
+            Cpu, Real,
+            gemm::{gemm, gemm_on},
+            parallel::{RowsMut, scratch as scratch_of_thread},
+        },
     },
+    ops::softmax::numerators,
 };
 use std::ops::Range;
 
@@ -31,8 +33,6 @@ const TASK_TOKENS: usize = 64;
 const CHUNK_TASKS: usize = 8;
 /// Classes of a task of the second round.
 const CLASS_BLOCK: usize = 512;
-/// Exponentials that are summed in the compute type; such sums are added in f64.
-const SUM_BLOCK: usize = 1024;
 
 /// How tokens are divided.
 #[derive(Clone, Copy)]
@@ -202,9 +202,9 @@ impl<F: Real> Readout<'_, F> {
         for (i, loss) in losses.iter_mut().enumerate() {
             *loss = target(i).map_or(F::ZERO, |target| e[target * tokens + i]);
         }
-        let (mut max, mut part, mut total) = ([F::ZERO; TASK_TOKENS], [F::ZERO; TASK_TOKENS], [0.0; TASK_TOKENS]);
-        let (max, part, total) = (&mut max[..tokens], &mut part[..tokens], &mut total[..tokens]);
-        vectorize!(exponentials(e, max, part, total));
+        let (mut max, mut total) = ([F::ZERO; TASK_TOKENS], [0.0; TASK_TOKENS]);
+        let (max, total) = (&mut max[..tokens], &mut total[..tokens]);
+        numerators(e, max, total);
         for i in 0..tokens {
             let (row, x) = (&mut scaled[i * width..][..width], &x[i * width..][..width]);
             let Some(target) = target(i) else {
@@ -264,29 +264,5 @@ impl<F: Real> Readout<'_, F> {
     /// How many of these classes are no padding.
     fn real(&self, classes: &Range<usize>) -> usize {
         classes.len().min(self.shape.classes.saturating_sub(classes.start))
-    }
-}
-
-/// In logits, classes × tokens, subtracts the maximum of each column and takes exponentials, in place; gives the maxima
-/// and the sums. `part` holds partial sums.
-#[inline(always)]
-fn exponentials<F: Real>(logits: &mut [F], max: &mut [F], part: &mut [F], total: &mut [f64]) {
-    let tokens = max.len();
-    max.fill(F::NEG_INFINITY);
-    for row in logits.chunks_exact(tokens) {
-        for (max, &z) in max.iter_mut().zip(row) {
-            *max = if z > *max { z } else { *max };
-        }
-    }
-    total.fill(0.0);
-    for block in logits.chunks_mut(SUM_BLOCK * tokens) {
-        part.fill(F::ZERO);
-        for row in block.chunks_exact_mut(tokens) {
-            for ((z, part), &max) in row.iter_mut().zip(&mut *part).zip(&*max) {
-                *z = Real::exp(*z - max);
-                *part += *z;
-            }
-        }
-        total.iter_mut().zip(&*part).for_each(|(total, part)| *total += part.to_f64());
     }
 }
