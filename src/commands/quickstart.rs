@@ -37,9 +37,9 @@ pub struct Args {
 /// Sizes.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Size {
-    /// Seconds: every step, hardly any learning.
+    /// Some seconds: every step, little learning.
     Tiny,
-    /// Two to three minutes on two cores.
+    /// About two minutes on two cores.
     Small,
 }
 

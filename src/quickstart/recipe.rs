@@ -61,7 +61,7 @@ impl Recipe {
         equivalence_steps: 8,
     };
 
-    /// Two minutes on two cores.
+    /// About two minutes on two cores.
     pub const SMALL: Self = Self {
         corpus_bytes: 5_200_000,
         vocab: 1024,
@@ -75,7 +75,7 @@ impl Recipe {
         lr: 8e-3,
         noise: 0.1,
         base_steps: 600,
-        wide_steps: 260,
+        wide_steps: 400,
         validate_every: 50,
         equivalence_steps: 20,
     };
