@@ -155,7 +155,7 @@ impl Data {
             return Self::rows(config, extension == "csv");
         }
         let dtype = config.dtype.as_deref().map(token_dtype).transpose()?;
-        let vocab = spec.map(Spec::classes);
+        let vocab = spec.filter(|spec| matches!(spec, Spec::Decoder(_))).map(Spec::classes);
         let options = DatasetOptions { vocab, dtype, val: None, val_fraction: 0.0 };
         let dataset = Dataset::open(&config.path, &options)?;
         let tokenizer = match &dataset.info {

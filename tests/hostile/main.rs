@@ -66,7 +66,12 @@ fn configurations_are_refused_by_key() {
     train("init.from=base model.residual=32", &["model = gpt2", "residual 32", "leave [model] out"]);
     train("init.from=base init.continue=true", &["steps = 4", "step 4 already", "more steps"]);
     train("init.from=base optimizer.kind=lion init.moments=keeep", &["keeep", "did you mean `keep`"]);
-    train("init.from=classes", &["rows", "tokens"]);
+    train("init.from=classes", &["model = gpt2", "hidden_1 6", "leave [model] out"]);
+    train("init.from=classes data.path=rows.csv model.arch=mlp", &["model.layers", "mlp has no such part"]);
+    let rows = String::from_utf8(place.read("rows.toml")).unwrap();
+    place.write("bare.toml", rows.split("[model]").next().unwrap());
+    let bare = "train -c bare.toml --set run=q --set init.from=classes --set data.path=data";
+    place.refuses(bare, &["data", "no data for mlp", "rows are for mlp"]);
     // Files that are no configuration.
     place.write("broken.toml", "steps = = 3");
     place.refuses("train -c broken.toml", &["broken.toml", "line 1"]);
