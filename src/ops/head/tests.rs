@@ -51,6 +51,25 @@ impl Inputs {
         };
         logits.chunks(self.shape.classes).zip(&self.targets).map(loss).collect()
     }
+
+    /// dx, dweight, dbias by the formula.
+    fn gradients(&self) -> [Vec<f64>; 3] {
+        let ReadoutShape { rows, width, classes, padded, scale } = self.shape;
+        let [mut dx, mut dweight, mut dbias] = [rows * width, padded * width, padded].map(|len| vec![0.0; len]);
+        for (r, logits) in self.logits().chunks(classes).enumerate() {
+            let Ok(target) = usize::try_from(self.targets[r]) else { continue };
+            let sum: f64 = logits.iter().map(|z| z.exp()).sum();
+            for (c, z) in logits.iter().enumerate() {
+                let dlogit = SCALE * (z.exp() / sum - if c == target { 1.0 } else { 0.0 });
+                dbias[c] += dlogit;
+                for i in 0..width {
+                    dx[r * width + i] += scale * dlogit * self.weight[c * width + i];
+                    dweight[c * width + i] += scale * dlogit * self.x[r * width + i];
+                }
+            }
+        }
+        [dx, dweight, dbias]
+    }
 }
 
 /// losses, dx, dweight, dbias by the op, with gradients; dbias is empty without a bias.
@@ -124,6 +143,22 @@ fn losses_and_logits_are_the_definition() {
         cpu.logits(logits.view_mut(), x.view(), weight.view(), bias.as_ref().map(Tensor::view), i.shape);
         for (a, b) in values(&logits).iter().zip(i.logits()) {
             assert!((a - b).abs() <= 1e-13 * (1.0 + b.abs()), "{a} {b}");
+        }
+    }
+}
+
+#[test]
+fn gradients_of_several_chunks_are_the_definition() {
+    for i in cases() {
+        let [_, dx, dweight, dbias] = run(&cpu::<f64>(2), &i).map(|t| values(&t));
+        for ((name, a), b) in ["dx", "dweight", "dbias"].iter().zip([dx, dweight, dbias]).zip(i.gradients()) {
+            for (at, (a, b)) in a.iter().zip(&b).enumerate() {
+                assert!(
+                    (a - b).abs() <= 1e-14 * (i.shape.rows + i.shape.classes) as f64,
+                    "{name}[{at}]: {a} {b} {:?}",
+                    i.shape
+                );
+            }
         }
     }
 }
