@@ -14,6 +14,7 @@ pub(super) fn numerators<F: Real>(scores: &mut [F], max: &mut [F], sum: &mut [f6
         // As many columns at a time as have their maxima and sums in registers.
         at += match width - at {
             64.. => vectorize!(columns::<F, 64>(scores, width, at, max, sum)),
+            32.. => vectorize!(columns::<F, 32>(scores, width, at, max, sum)),
             16.. => vectorize!(columns::<F, 16>(scores, width, at, max, sum)),
             _ => vectorize!(columns::<F, 1>(scores, width, at, max, sum)),
         };

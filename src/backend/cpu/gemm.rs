@@ -146,26 +146,37 @@ impl<'a, F: Real> Product<'a, F> {
     unsafe fn add_products(&self, rows: &Range<usize>, columns: &Range<usize>, depth: Range<usize>, beta: F) {
         let at = |row: usize, column: usize, strides: (usize, usize)| row * strides.0 + column * strides.1;
         let (((a, a_strides), (b, b_strides)), c_strides) = ((self.a, self.b), self.c_strides);
+        let a = a.as_ptr().wrapping_add(at(rows.start, depth.start, a_strides));
+        let b = b.as_ptr().wrapping_add(at(depth.start, columns.start, b_strides));
+        let turned = |(row, column): (usize, usize)| (column, row);
+        // The crate writes vectors down the columns of C, so a row-major product is taken as Cᵀ = Bᵀ·Aᵀ.
+        let ((m, n), (lhs, lhs_strides), (rhs, rhs_strides), dst_strides) = if c_strides.1 < c_strides.0 {
+            let (lhs, rhs) = ((b, turned(b_strides)), (a, turned(a_strides)));
+            ((columns.len(), rows.len()), lhs, rhs, turned(c_strides))
+        } else {
+            ((rows.len(), columns.len()), (a, a_strides), (b, b_strides), c_strides)
+        };
         // SAFETY: `new` has checked that element (row, column) of each operand, for every row and column of the whole
         // shape, lies inside its slice; the tile's are among them. So the offsets to the tile's first elements stay
-        // inside, and so does all that the crate touches from there with the same strides and the tile's sizes. (With
-        // k = 0, A and B have no elements: the crate reads neither, and wrapping arithmetic on a pointer is harmless.)
-        // The tile's part of C is ours by this function's contract. F is f32 or f64, which the crate supports.
+        // inside, and so does all that the crate touches from there with the same strides and the tile's sizes, turned
+        // or not: a turned product touches the same elements. (With k = 0, A and B have no elements: the crate reads
+        // neither, and wrapping arithmetic on a pointer is harmless.) The tile's part of C is ours by this function's
+        // contract. F is f32 or f64, which the crate supports.
         unsafe {
             F::kernel()(
-                rows.len(),
-                columns.len(),
+                m,
+                n,
                 depth.len(),
                 self.c.add(at(rows.start, columns.start, c_strides)),
-                c_strides.1 as isize,
-                c_strides.0 as isize,
+                dst_strides.1 as isize,
+                dst_strides.0 as isize,
                 beta != F::ZERO,
-                a.as_ptr().wrapping_add(at(rows.start, depth.start, a_strides)),
-                a_strides.1 as isize,
-                a_strides.0 as isize,
-                b.as_ptr().wrapping_add(at(depth.start, columns.start, b_strides)),
-                b_strides.1 as isize,
-                b_strides.0 as isize,
+                lhs,
+                lhs_strides.1 as isize,
+                lhs_strides.0 as isize,
+                rhs,
+                rhs_strides.1 as isize,
+                rhs_strides.0 as isize,
                 beta,
                 self.alpha,
                 false,
