@@ -126,8 +126,11 @@ impl<B: Ops> Trainer<B> {
             return Err(Error::config("batch.micro_batches", config.batch.micro_batches, why));
         }
         let share = comm::share(config.batch.micro_batches, comm.rank(), comm.world());
-        let pieces =
-            Pieces::new(&backend, pieces::cut(table, 0..table.arena), optimizer.settings(table, &meaning.scaling))?;
+        let pieces = Pieces::new(
+            &backend,
+            pieces::cut((0..table.rows.len()).map(|row| table.values(row)), 0..table.arena),
+            optimizer.settings(table, &meaning.scaling),
+        )?;
         let summed = config.batch.micro_batches > 1;
         let mut plan = Plan::default();
         let state = State::plan(&backend, &mut plan, table, Some(&optimizer));

@@ -4,7 +4,6 @@
 use crate::{
     DType, Result,
     backend::{Backend, Tensor, cpu::Pool},
-    model::param::Table,
 };
 use bytemuck::{Pod, Zeroable};
 use std::{mem::take, ops::Range, sync::Mutex};
@@ -59,11 +58,10 @@ pub struct Pieces<B: Backend> {
     pub device_rows: Tensor<B>,
 }
 
-/// Cuts the rows of `table` that lie in `range` of the arena into pieces; padding is left out.
-pub fn cut(table: &Table, range: Range<usize>) -> Vec<Piece> {
+/// Cuts rows, given by the elements of the arena that hold their values, into pieces, as far as they lie in `range`.
+pub fn cut(rows: impl IntoIterator<Item = Range<usize>>, range: Range<usize>) -> Vec<Piece> {
     let mut list = Vec::new();
-    for row in 0..table.rows.len() {
-        let values = table.values(row);
+    for (row, values) in rows.into_iter().enumerate() {
         // Borders are multiples of PIECE from the row's own start, so a piece is the same however the arena is cut.
         for start in values.clone().step_by(PIECE) {
             let end = (start + PIECE).min(values.end);
@@ -79,21 +77,10 @@ pub fn cut(table: &Table, range: Range<usize>) -> Vec<Piece> {
 impl<B: Backend> Pieces<B> {
     /// Uploads pieces and settings.
     pub fn new(backend: &B, list: Vec<Piece>, rows: Vec<RowSettings>) -> Result<Self> {
-        let device_list = upload(backend, bytemuck::cast_slice(&list))?;
-        let device_rows = upload(backend, bytemuck::cast_slice(&rows))?;
+        let device_list = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&list))?;
+        let device_rows = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&rows))?;
         Ok(Self { list, rows, device_list, device_rows })
     }
-}
-
-/// A device tensor of these bytes; waits until they are there.
-pub fn upload<B: Backend>(backend: &B, bytes: &[u8]) -> Result<Tensor<B>> {
-    use crate::backend::{HostBuffer, Stream};
-    let mut tensor = Tensor::new(backend, DType::U8, bytes.len())?;
-    let mut host = backend.host(bytes.len())?;
-    host.bytes_mut().copy_from_slice(bytes);
-    backend.upload(Stream::Compute, &host, 0..bytes.len(), tensor.view_mut());
-    backend.synchronize(&backend.record(Stream::Compute))?;
-    Ok(tensor)
 }
 
 /// Calls `work(piece, its elements of each arena)` for all pieces, which are in arena order and do not overlap, and puts
@@ -143,44 +130,35 @@ fn cut_off<'a, T>(slice: &mut &'a mut [T], skip: usize, len: usize) -> &'a mut [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        dims::{Axis, Dims},
-        model::param::{Init, Kind, TableBuilder},
-    };
 
-    fn table() -> Table {
-        let mut builder = TableBuilder::new(&Dims::default());
-        let sizes = [(3, PIECE), (1, 5), (2, PIECE - 1)];
-        for (i, (rows, columns)) in sizes.into_iter().enumerate() {
-            let axes = vec![Axis::fixed("rows", rows), Axis::fixed("columns", columns)];
-            let span = builder.row(format!("w{i}"), Kind::Hidden, axes, Init::Zeros);
-            builder.pad(&span, 4);
-        }
-        builder.build()
+    /// Values of three rows with gaps between them: padding.
+    fn rows() -> [Range<usize>; 3] {
+        let second = 3 * PIECE + 40;
+        [0..3 * PIECE, second..second + 5, second + 128..second + 128 + 2 * (PIECE - 1)]
     }
 
     #[test]
     fn pieces_cover_the_values_and_no_padding() {
-        let table = table();
-        let mut covered = vec![0; table.arena];
-        for piece in cut(&table, 0..table.arena) {
+        let arena = rows()[2].end + 100;
+        let mut covered = vec![0; arena];
+        for piece in cut(rows(), 0..arena) {
             assert!(piece.len as usize <= PIECE);
-            assert!(table.values(piece.row as usize).start <= piece.range().start);
+            assert!(rows()[piece.row as usize].start <= piece.range().start);
             piece.range().for_each(|i| covered[i] += 1);
         }
-        let mut expected = vec![0; table.arena];
-        (0..3).for_each(|row| expected[table.values(row)].fill(1));
+        let mut expected = vec![0; arena];
+        rows().into_iter().for_each(|row| expected[row].fill(1));
         assert_eq!(covered, expected);
     }
 
     #[test]
     fn borders_do_not_move_when_the_arena_is_cut() {
-        let table = table();
+        let arena = rows()[2].end + 100;
         let ends = |pieces: Vec<Piece>| pieces.iter().map(|p| p.range().end).collect::<Vec<_>>();
         let at = PIECE + 17;
-        let mut parts = ends(cut(&table, 0..at));
-        parts.extend(ends(cut(&table, at..table.arena)));
-        let mut whole = ends(cut(&table, 0..table.arena));
+        let mut parts = ends(cut(rows(), 0..at));
+        parts.extend(ends(cut(rows(), at..arena)));
+        let mut whole = ends(cut(rows(), 0..arena));
         whole.insert(1, at);
         assert_eq!(parts, whole);
     }
