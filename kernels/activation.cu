@@ -38,31 +38,34 @@ DEVICE u64 piece_start(int p) {
     return ((u64)blockIdx.x * PIECES + p) * blockDim.x * WIDE<real> + threadIdx.x * WIDE<real>;
 }
 
-template <int kind> DEVICE void activate(real* y, const real* x, u64 n, bool wide) {
+// Whether it is loaded and stored at once; `aligned` says that all vectors begin on 16 bytes.
+DEVICE bool whole_piece(int p, u64 n, bool aligned) { return aligned && piece_start(p) + WIDE<real> <= n; }
+
+template <int kind> DEVICE void activate(real* y, const real* x, u64 n, bool aligned) {
     Wide<real> pieces[PIECES];
 #pragma unroll
-    for (int p = 0; p < PIECES; p++) pieces[p] = load_wide(x, piece_start(p), n, wide);
+    for (int p = 0; p < PIECES; p++) pieces[p] = load_wide(x, piece_start(p), n, whole_piece(p, n, aligned));
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         f32 values[WIDE<real>];
 #pragma unroll
         for (int k = 0; k < WIDE<real>; k++) values[k] = value<kind>(load(pieces[p].at[k]));
-        store_wide(y, piece_start(p), n, wide, values);
+        store_wide(y, piece_start(p), n, whole_piece(p, n, aligned), values);
     }
 }
 KERNEL(256, NAMED(activate), (real* y, const real* x, u64 n, u32 kind)) {
-    bool wide = is_wide(y, 0) && is_wide(x, 0);
-    if (kind == GELU_TANH) activate<GELU_TANH>(y, x, n, wide);
-    if (kind == GELU_EXACT) activate<GELU_EXACT>(y, x, n, wide);
-    if (kind == RELU) activate<RELU>(y, x, n, wide);
+    bool aligned = is_wide(y, 0) && is_wide(x, 0);
+    if (kind == GELU_TANH) activate<GELU_TANH>(y, x, n, aligned);
+    if (kind == GELU_EXACT) activate<GELU_EXACT>(y, x, n, aligned);
+    if (kind == RELU) activate<RELU>(y, x, n, aligned);
 }
 
-template <int kind> DEVICE void activate_backward(real* d, const real* x, u64 n, bool wide) {
+template <int kind> DEVICE void activate_backward(real* d, const real* x, u64 n, bool aligned) {
     Wide<real> gradients[PIECES], inputs[PIECES];
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
-        inputs[p] = load_wide(x, piece_start(p), n, wide);
-        gradients[p] = load_wide(d, piece_start(p), n, wide);
+        inputs[p] = load_wide(x, piece_start(p), n, whole_piece(p, n, aligned));
+        gradients[p] = load_wide(d, piece_start(p), n, whole_piece(p, n, aligned));
     }
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
@@ -70,15 +73,15 @@ template <int kind> DEVICE void activate_backward(real* d, const real* x, u64 n,
 #pragma unroll
         for (int k = 0; k < WIDE<real>; k++)
             values[k] = load(gradients[p].at[k]) * slope<kind>(load(inputs[p].at[k]));
-        store_wide(d, piece_start(p), n, wide, values);
+        store_wide(d, piece_start(p), n, whole_piece(p, n, aligned), values);
     }
 }
 // d *= f'(x).
 KERNEL(256, NAMED(activate_backward), (real* d, const real* x, u64 n, u32 kind)) {
-    bool wide = is_wide(d, 0) && is_wide(x, 0);
-    if (kind == GELU_TANH) activate_backward<GELU_TANH>(d, x, n, wide);
-    if (kind == GELU_EXACT) activate_backward<GELU_EXACT>(d, x, n, wide);
-    if (kind == RELU) activate_backward<RELU>(d, x, n, wide);
+    bool aligned = is_wide(d, 0) && is_wide(x, 0);
+    if (kind == GELU_TANH) activate_backward<GELU_TANH>(d, x, n, aligned);
+    if (kind == GELU_EXACT) activate_backward<GELU_EXACT>(d, x, n, aligned);
+    if (kind == RELU) activate_backward<RELU>(d, x, n, aligned);
 }
 
 // Rows go along the grid's x, pieces of a row along its y and the block: no index is divided.

@@ -1,13 +1,14 @@
-// Elements of rows in pieces of 16 bytes. Where a piece is not aligned, or goes past the row's end, it is taken element
-// by element; the thread, its elements and its arithmetic stay the same, and so do all bits of a result.
+// Elements of rows in pieces of 16 bytes. `wide` says that pieces are aligned and that none goes past the row's end in
+// its middle; otherwise they are taken element by element. The thread, its elements and its arithmetic stay the same,
+// and so do all bits of a result.
 #pragma once
 #include "device.cuh"
 
 // Elements i to i + WIDE - 1 of the n at p; zeros past the end.
 template <class T> DEVICE Wide<T> load_wide(const T* p, u64 i, u64 n, bool wide) {
     Wide<T> piece = {};
-    if (wide && i + WIDE<T> <= n) {
-        piece = *(const Wide<T>*)(p + i);
+    if (wide) {
+        if (i < n) piece = *(const Wide<T>*)(p + i);
     } else {
 #pragma unroll
         for (int k = 0; k < WIDE<T>; k++)
@@ -40,8 +41,8 @@ DEVICE void round_to(Wide<bf16>& piece, const f32 (&values)[8]) {
 }
 // Writes one piece; nothing past the end.
 template <class T> DEVICE void store_wide(T* p, u64 i, u64 n, bool wide, const Wide<T>& piece) {
-    if (wide && i + WIDE<T> <= n) {
-        *(Wide<T>*)(p + i) = piece;
+    if (wide) {
+        if (i < n) *(Wide<T>*)(p + i) = piece;
     } else {
 #pragma unroll
         for (int k = 0; k < WIDE<T>; k++)
