@@ -164,7 +164,7 @@ KERNEL(512, NAMED(norm_backward_sums),
 }
 
 // Warps of a block of norm_backward.
-#define MOST_WARPS 16
+#define MOST_WARPS 12
 
 // Sums over the teams' rows, all at once. Calls take turns with two buffers, so that one barrier a call is enough.
 DEVICE RowSums team_sums(RowSums mine, u32 team, u32 warps, u32 turn) {
@@ -201,7 +201,7 @@ DEVICE void store_sums_of_teams(f32* target, const f32 (&values)[WIDE<real>], u3
 // `rows_per_block` rows the sums over them of dy n and (with sides = 2) of dy: partials is blocks x sides x width.
 // A team of `warps` warps has a row, a thread one piece of it. Rows longer than a team are cut along the grid's y; then
 // `sums` are given. Memory moves each element of dy, x and dx once.
-KERNEL(512, NAMED(norm_backward),
+KERNEL_RESIDENT(384, 2, NAMED(norm_backward),
        (real* dx, f32* partials, const real* dy, const real* x, const f32* statistics, const f32* sums,
         const real* gain, u64 rows, u32 rows_per_block, u32 warps, u32 width, u32 sides, u32 kind, u32 overwrite)) {
     bool wide = is_wide(dx, width) && is_wide(dy, width) && is_wide(x, width) && is_wide(gain, width);
