@@ -1,6 +1,5 @@
 // LayerNorm and RMSNorm, fused with the residual add before them: src/ops/norm/mod.rs has the formulas.
 #include "sums.cuh"
-#include "wide.cuh"
 
 enum Kind { LAYER = 0, RMS = 1 };
 
@@ -181,22 +180,6 @@ DEVICE RowSums team_sums(RowSums mine, u32 team, u32 warps, u32 turn) {
     return all;
 }
 
-// target[i] = sum of the teams' values for element i, in order; `values` are this thread's, from its element `own` on
-// among the `columns` that a team has.
-DEVICE void store_sums_of_teams(f32* target, const f32 (&values)[WIDE<real>], u32 own, u32 columns, u32 inside,
-                                u32 team, u32 teams) {
-    SHARED f32 shared[MOST_WARPS * WARP * WIDE<real>];
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < WIDE<real>; k++) shared[team * columns + own + k] = values[k];
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < inside; i += blockDim.x) {
-        f32 sum = 0;
-        for (u32 t = 0; t < teams; t++) sum += shared[t * columns + i];
-        target[i] = sum;
-    }
-}
-
 // dx (+)= (g - mean(g) - n mean(g n)) / deviation, where RMSNorm lacks the second term; and for each block of
 // `rows_per_block` rows the sums over them of dy n and (with sides = 2) of dy: partials is blocks x sides x width.
 // A team of `warps` warps has a row, a thread one piece of it. Rows longer than a team are cut along the grid's y; then
@@ -238,8 +221,10 @@ KERNEL_RESIDENT(384, 2, NAMED(norm_backward),
     }
     u32 inside = width - first < columns ? width - first : columns;
     f32* target = partials + (u64)blockIdx.x * sides * width + first;
-    store_sums_of_teams(target, dgain, own, columns, inside, team, teams);
-    if (sides == 2) store_sums_of_teams(target + width, dbias, own, columns, inside, team, teams);
+    auto put = [&](u32 c, f32 sum) { target[c] = sum; };
+    add_teams<MOST_WARPS>(dgain, own, columns, inside, team, teams, put);
+    target += width;
+    if (sides == 2) add_teams<MOST_WARPS>(dbias, own, columns, inside, team, teams, put);
 }
 
 // first[i] (and second[i], if given) = sum over `count` rows of partials (count x 1 or 2 x width), in order.
