@@ -227,12 +227,12 @@ KERNEL(THREADS, paired_noise,
 #define TILE 2048
 
 // sums[block] = sum of squares of the block's task. All threads square a tile; as many as there are lanes add it.
-KERNEL(THREADS, square_sums, (f64* sums, const void* x, u32 type, u64 len)) {
+KERNEL(THREADS, square_sums, (f64* sums, const void* x, u32 x_type, u64 len)) {
     SHARED f64 tile[TILE];
     u64 start = (u64)blockIdx.x * TASK, end = start + TASK < len ? start + TASK : len;
     Exact<f64> sum = 0.0;
     for (u64 at = start; at < end; at += TILE) {
-        with_type(type, x, [&](auto* x) {
+        with_type(x_type, x, [&](auto* x) {
 #pragma unroll
             for (int k = 0; k < TILE / THREADS; ++k) {
                 u64 i = at + k * THREADS + threadIdx.x;

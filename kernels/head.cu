@@ -1,6 +1,6 @@
 // Cross-entropy over a chunk of logits, and their gradient in their place: src/ops/head/mod.rs has the contract. A
-// block takes a token. The logits are read once from memory: what fits is kept in shared memory for the second pass, where
-// each thread reads again what it wrote; the rest comes from the second-level cache. Bytes: the logits, and with
+// block takes a token. The logits are read once from memory: what fits is kept in shared memory for the second pass,
+// where each thread reads again what it wrote; the rest comes from the second-level cache. Bytes: the logits, and with
 // gradients the logits again.
 #include "device.cuh"
 
@@ -16,19 +16,13 @@ DEVICE f32 exponential(f32 x) { return exponential(x, real()); }
 template <int V> struct Logits {
     typedef Pack<real, V> Packed;
     Packed *global, *shared;
-    const Packed* bias;
     u32 classes, cached;
 
     DEVICE u32 packs() const { return (classes + V - 1) / V; }
     // A pack as numbers; what is no class is smaller than anything.
     DEVICE void get(f32 (&z)[V], const Packed& pack, u32 i) const {
-        Packed add = bias ? bias[i] : Packed();
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-            f32 logit = load(pack.at[j]);
-            if (bias) logit += load(add.at[j]);
-            z[j] = i * V + j < classes ? logit : MINUS_INFINITY;
-        }
+        for (int j = 0; j < V; ++j) z[j] = i * V + j < classes ? load(pack.at[j]) : MINUS_INFINITY;
     }
 };
 
@@ -103,33 +97,33 @@ DEVICE void second_pass(const Logits<V>& logits, Online online, u32 target, u32 
 }
 
 template <int V>
-DEVICE void token(f32* loss, real* row, real* shared, const real* bias, i32 target, u32 classes, u32 padded, u32 cached,
-                  bool gradients, f32 scale) {
+DEVICE void token(f32* loss, real* row, real* shared, i32 target, u32 classes, u32 padded, u32 cached, bool gradients,
+                  f32 scale) {
     typedef Pack<real, V> Packed;
-    Logits<V> logits = {(Packed*)row, (Packed*)shared, (const Packed*)bias, classes, cached / V};
+    Logits<V> logits = {(Packed*)row, (Packed*)shared, classes, cached / V};
     // Before the gradient takes its place.
-    f32 at_target = load(row[target]) + (bias ? load(bias[target]) : 0);
+    f32 at_target = load(row[target]);
     Online online = first_pass(logits);
     if (threadIdx.x == 0) *loss = logf(online.sum) + online.max - at_target;
     if (gradients) second_pass(logits, online, (u32)target, padded, scale);
 }
 
 // losses[token] = log of the sum of e^logits, less the target's; 0 for a target below 0. With `gradients` the logits
-// become scale (softmax - onehot). `cached` elements of a row fit in shared memory; `wide`: rows are whole packs.
+// become scale (softmax - onehot). `cached` elements of a row fit in shared memory.
 KERNEL_RESIDENT(THREADS, 2, NAMED(cross_entropy),
-                (f32* losses, real* logits, const real* bias, const i32* targets, u32 classes, u32 padded, u32 cached,
-                 u32 wide, u32 gradients, f32 scale)) {
+                (f32* losses, real* logits, const i32* targets, u32 classes, u32 padded, u32 cached, u32 gradients,
+                 f32 scale)) {
     DYNAMIC_SHARED(shared);
     i32 target = targets[blockIdx.x];
     real* row = logits + (u64)blockIdx.x * padded;
     if (target < 0) {
         if (threadIdx.x == 0) losses[blockIdx.x] = 0;
         for (u32 i = threadIdx.x; gradients && i < padded; i += blockDim.x) store(row[i], 0);
-    } else if (wide) {
-        token<WIDE<real>>(losses + blockIdx.x, row, (real*)shared, bias, target, classes, padded, cached,
-                          gradients != 0, scale);
+    } else if (is_wide(logits, padded)) {
+        token<WIDE<real>>(losses + blockIdx.x, row, (real*)shared, target, classes, padded, cached, gradients != 0,
+                          scale);
     } else {
-        token<1>(losses + blockIdx.x, row, (real*)shared, bias, target, classes, padded, cached, gradients != 0, scale);
+        token<1>(losses + blockIdx.x, row, (real*)shared, target, classes, padded, cached, gradients != 0, scale);
     }
 }
 

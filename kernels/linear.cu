@@ -1,4 +1,4 @@
-// What a linear layer needs beside its products (src/ops/linear.rs): the bias, and its gradient, the column sums of dy.
+// What a linear layer needs beside its products (src/ops/linear.rs): the gradient of the bias, column sums of dy.
 #include "device.cuh"
 
 #define THREADS 256
@@ -34,7 +34,7 @@ DEVICE void sum_columns(f32* out, const T* x, u64 first, u64 end, u32 columns, b
 }
 
 // partials[blockIdx.y, column] = the sum of x over the block's rows. Bytes: x once.
-KERNEL(THREADS, NAMED(column_sums),
+KERNEL(THREADS, NAMED(partial_column_sums),
        (f32* partials, const real* x, u64 rows, u32 columns, u32 rows_per_block, u32 wide)) {
     u64 first = (u64)blockIdx.y * rows_per_block, end = first + rows_per_block < rows ? first + rows_per_block : rows;
     f32* out = partials + (u64)blockIdx.y * columns;
@@ -45,16 +45,4 @@ KERNEL(THREADS, NAMED(column_sums),
 // out = the column sums of partials, or with `add` out += them.
 KERNEL(THREADS, NAMED(add_partials), (f32* out, const f32* partials, u32 rows, u32 columns, u32 add)) {
     sum_columns<1>(out, partials, 0, rows, columns, add != 0);
-}
-
-// y[row, column] += bias[column], 16 bytes a thread where `wide`.
-KERNEL(THREADS, NAMED(add_bias), (real* y, const real* bias, u64 len, u32 columns, u32 wide)) {
-    u64 thread = (u64)blockIdx.x * THREADS + threadIdx.x, i = wide ? thread * WIDE<real> : thread;
-    if (i >= len) return;
-    u32 column = (u32)(len >> 32 ? i % columns : (u32)i % columns);
-    if (!wide) return store(y[i], load(y[i]) + load(bias[column]));
-    Wide<real> pack = *(Wide<real>*)(y + i), add = *(const Wide<real>*)(bias + column);
-#pragma unroll
-    for (int j = 0; j < WIDE<real>; ++j) store(pack.at[j], load(pack.at[j]) + load(add.at[j]));
-    *(Wide<real>*)(y + i) = pack;
 }

@@ -1,4 +1,4 @@
-// Element types that are known at run time: the tags are the places in src/dtype.rs.
+// Element types that are known at run time: the tags are those of src/ops/convert.rs.
 #pragma once
 #include "device.cuh"
 
