@@ -169,8 +169,8 @@ fn head(recipe: &Recipe, layout: &Layout, shared: Shared, run: &str, steps: u64,
         "run = {run}
 steps = {steps}
 seed = {seed}
-device = "{device}"
-precision = "{precision}"
+device = \"{device}\"
+precision = \"{precision}\"
 threads = {threads}  # 0: all cores
 
 [data]
