@@ -89,11 +89,11 @@ namespace emulator {
 
 // Sanitizers put more into a frame.
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK = 288 << 10;
 #else
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 96 << 10;
 #endif
-constexpr size_t GUARD = 64 << 10;
+constexpr size_t GUARD = 60 << 10, COLOURS = 28 << 10;
 
 Fiber* make_fiber() {
     void* at = mmap(nullptr, GUARD + STACK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -103,7 +103,9 @@ Fiber* make_fiber() {
     }
     Fiber* fiber = new Fiber;
     fiber->bottom = static_cast<char*>(at) + GUARD;
-    fiber->bytes = STACK;
+    // Ends at differing places, or else all stacks would share a few lines of the cache.
+    static size_t number = 0;
+    fiber->bytes = STACK - number++ * 448 % COLOURS;
     return fiber;
 }
 
