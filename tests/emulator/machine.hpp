@@ -89,10 +89,14 @@ void copy_wait(unsigned pending);
 // Faults unless the bytes lie in the running block's shared memory, aligned.
 void check_shared(const void* at, size_t bytes, size_t alignment, const char* what);
 
+struct Parameter {
+    size_t bytes;
+    bool pointer;
+};
 struct Kernel {
     const char* name;
     unsigned threads;  // The most in a block, from its launch bounds.
-    std::vector<size_t> parameters;  // Sizes in bytes.
+    std::vector<Parameter> parameters;
     void (*call)(void* const* parameters);
     uint8_t *shared_begin, *shared_end;
 };
@@ -117,7 +121,7 @@ template <class... A, void (*function)(A...)> struct Call<function> {
         function(*static_cast<std::remove_cv_t<A>*>(p[I])...);
     }
     static void call(void* const* p) { unpack(p, std::index_sequence_for<A...>{}); }
-    static std::vector<size_t> sizes() { return {sizeof(A)...}; }
+    static std::vector<Parameter> parameters() { return {{sizeof(A), std::is_pointer_v<A>}...}; }
 
     // Runs it from a test, and ends the process on a fault.
     static void run(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, A... arguments) {
@@ -131,7 +135,7 @@ template <class... A, void (*function)(A...)> struct Call<function> {
 
 struct Registrar {
     template <class C> Registrar(const char* name, unsigned threads, C, uint8_t* begin, uint8_t* end) {
-        kernels().push_back({name, threads, C::sizes(), C::call, begin, end});
+        kernels().push_back({name, threads, C::parameters(), C::call, begin, end});
     }
 };
 
