@@ -43,7 +43,7 @@ fn root() -> &'static Path {
 fn files() -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut folders: Vec<PathBuf> =
-        ["src", "tests", "tools", "kernels", "examples", ".ci"].map(|name| root().join(name)).into();
+        ["src", "build", "tests", "tools", "kernels", "examples", ".ci"].map(|name| root().join(name)).into();
     let mut paths: Vec<PathBuf> = fs::read_dir(root()).unwrap().map(|e| e.unwrap().path()).collect();
     paths.retain(|path| path.is_file() && path.file_name().is_some_and(|name| name != "Cargo.lock" && name != ".git"));
     while let Some(folder) = folders.pop() {

@@ -8,6 +8,7 @@
 //! [`Mut::split`]. What an asynchronous device adds (order between streams) is said by events.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::{DType, Result};
 use std::{fmt, marker::PhantomData, ops::Range, sync::Arc};
@@ -48,8 +49,15 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn compute(&self) -> DType;
     /// Type of statistics that ops keep for backward (means, log-sum-exp, losses per row).
     fn statistics(&self) -> DType;
+    /// Type of the gradients of parameters.
+    fn gradient(&self) -> DType;
     /// Type in which gradients of micro-steps and ranks are summed.
     fn reduction(&self) -> DType;
+    /// Type of the copy of the weights that the optimizer updates; none where it updates the weights that the forward
+    /// pass reads.
+    fn master(&self) -> Option<DType>;
+    /// Type of the optimizer's moments.
+    fn moment(&self) -> DType;
 
     /// Allocates `bytes` of zeroed memory, aligned to [`ALIGNMENT`]. The error says how much was asked for.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
@@ -57,6 +65,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn address(&self, memory: &Self::Memory) -> Self::Address;
     /// Bytes allocated so far by this backend and still alive: constant while training.
     fn allocated(&self) -> usize;
+    /// Bytes that may be allocated now, as far as the system or the device can say.
+    fn available(&self) -> Result<usize>;
     /// Allocates zeroed host memory for asynchronous copies.
     fn host(&self, bytes: usize) -> Result<Self::Host>;
 

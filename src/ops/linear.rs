@@ -1,5 +1,8 @@
 //! Linear layers: y = x · Wᵀ + b.
 
+mod column_sums;
+mod cuda;
+
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{
