@@ -5,6 +5,7 @@
 #include "driver.hpp"
 #include "image.hpp"
 
+#pragma GCC visibility push(hidden)
 namespace driver {
 
 struct Module {
@@ -61,6 +62,7 @@ static int active_blocks(const Function& function, int threads, size_t dynamic) 
 }
 
 }  // namespace driver
+#pragma GCC visibility pop
 
 using namespace driver;
 
