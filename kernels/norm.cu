@@ -228,7 +228,7 @@ KERNEL_RESIDENT(384, 2, NAMED(norm_backward),
 }
 
 // first[i] (and second[i], if given) = sum over `count` rows of partials (count x 1 or 2 x width), in order.
-KERNEL(1024, NAMED(norm_add_up), (f32* first, f32* second, const f32* partials, u64 count, u32 width)) {
+KERNEL(1024, NAMED(add_up), (f32* first, f32* second, const f32* partials, u64 count, u32 width)) {
     u32 column = blockIdx.x * WARP + threadIdx.x % WARP, sides = second ? 2 : 1;
     bool inside = column < width;
     const f32* p = partials + (blockIdx.y ? width : 0) + column;

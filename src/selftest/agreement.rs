@@ -62,6 +62,11 @@ impl<'a> Agreement<'a> {
         drawn.into_iter().map(|x| round(f64::from(x) * deviation, self.cuda.compute())).collect()
     }
 
+    /// A number rounded to the device's compute type.
+    pub fn rounded(&self, x: f64) -> f64 {
+        round(x, self.cuda.compute())
+    }
+
     /// Compares outputs: |got − wanted| ≤ bound(i) for every element i; what is not finite must be the same. One row of
     /// the table.
     pub fn compare(&mut self, name: impl Into<String>, got: &[f64], wanted: &[f64], bound: impl Fn(usize) -> f64) {
@@ -93,7 +98,7 @@ pub fn rounding(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 2f64.powi(-53),
         DType::F32 => 2f64.powi(-24),
-        DType::BF16 => 2f64.powi(-9),
+        DType::BF16 => 2f64.powi(-8),
         other => panic!("{other} has no rounding of ours"),
     }
 }

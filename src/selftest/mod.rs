@@ -3,8 +3,13 @@
 //! Every op runs on the device and, in f64, on the CPU, with the same inputs (rounded to the device's compute type), and
 //! each element's difference must be within a bound that follows from the type's rounding and from what is summed.
 
+mod activation;
 mod agreement;
+mod embedding;
+mod head_norm;
 mod linear;
+mod norm;
+mod rotary;
 
 pub use agreement::{Agreement, Row};
 
@@ -13,7 +18,14 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by the op's name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 1] = [("linear", linear::check)];
+const CHECKS: [(&str, Check); 6] = [
+    ("activation", activation::check),
+    ("embedding", embedding::check),
+    ("head_norm", head_norm::check),
+    ("linear", linear::check),
+    ("norm", norm::check),
+    ("rotary", rotary::check),
+];
 
 /// Compares the ops whose name contains `only`.
 pub fn ops(cuda: &Cuda, only: &str) -> Result<Vec<Row>> {
