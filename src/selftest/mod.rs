@@ -6,9 +6,14 @@
 mod activation;
 mod agreement;
 mod embedding;
+mod expand;
+mod gradient;
+mod head;
 mod head_norm;
 mod linear;
+mod muon;
 mod norm;
+mod optimizer;
 mod rotary;
 
 pub use agreement::{Agreement, Row};
@@ -18,12 +23,17 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by the op's name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 6] = [
+const CHECKS: [(&str, Check); 11] = [
     ("activation", activation::check),
     ("embedding", embedding::check),
+    ("expand", expand::check),
+    ("gradient", gradient::check),
+    ("head", head::check),
     ("head_norm", head_norm::check),
     ("linear", linear::check),
+    ("muon", muon::check),
     ("norm", norm::check),
+    ("optimizer", optimizer::check),
     ("rotary", rotary::check),
 ];
 
