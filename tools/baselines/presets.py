@@ -1,6 +1,6 @@
 """The models that are measured: shapes, micro-batches, and the arithmetic that follows from them.
 
-Those of src/bench/train.rs, for what compares with it: tools/budget and the PyTorch baselines.
+Those of src/bench/preset.rs, for what compares with it: tools/budget and the PyTorch baselines.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Preset:
-    """A decoder and its batch: `micro_batches` × `samples` sequences of `context` tokens a step."""
+    """A decoder, and the sequences and their tokens that are a step."""
 
     layers: int
     width: int
@@ -18,7 +18,6 @@ class Preset:
     ffn: int
     vocab: int
     samples: int
-    micro_batches: int
     gated: bool = False
     context: int = 1024
 
@@ -56,20 +55,27 @@ class Preset:
         return 6 * matrices + 6 * self.layers * self.context * self.width
 
 
-def gpt2(layers, width, heads, samples, micro_batches, vocab=50257):
-    return Preset(layers, width, heads, heads, 4 * width, vocab, samples, micro_batches)
+def proxy(width):
+    return Preset(4, width, 4, 4, 4 * width, 8192, 8, context=256)
 
 
-def qwen(layers, width, heads, ffn, samples, micro_batches):
-    return Preset(layers, width, heads, 2, ffn, 151936, samples, micro_batches, gated=True)
+def gpt2(layers, width, heads, samples):
+    return Preset(layers, width, heads, heads, 4 * width, 50257, samples)
+
+
+def qwen(layers, width, heads, ffn, samples):
+    return Preset(layers, width, heads, 2, ffn, 151936, samples, gated=True)
 
 
 PRESETS = {
-    "gpt2-124m": gpt2(12, 768, 12, 64, 8),
-    "gpt2-355m": gpt2(24, 1024, 16, 32, 16),
-    "gpt2-774m": gpt2(36, 1280, 20, 32, 16),
-    "gpt2-1.5b": gpt2(48, 1600, 25, 16, 32),
-    "qwen2.5-0.5b": qwen(24, 896, 14, 4864, 32, 16),
-    "qwen2.5-1.5b": qwen(28, 1536, 12, 8960, 16, 32),
-    **{f"proxy-w{w}": gpt2(4, w, 4, 8, 1, vocab=8192) for w in (64, 128, 256, 512)},
+    "w64": proxy(64),
+    "w128": proxy(128),
+    "w256": proxy(256),
+    "w512": proxy(512),
+    "gpt2-124m": gpt2(12, 768, 12, 32),
+    "gpt2-355m": gpt2(24, 1024, 16, 32),
+    "gpt2-774m": gpt2(36, 1280, 20, 24),
+    "gpt2-1.5b": gpt2(48, 1600, 25, 16),
+    "qwen2.5-0.5b": qwen(24, 896, 14, 4864, 24),
+    "qwen2.5-1.5b": qwen(28, 1536, 12, 8960, 16),
 }

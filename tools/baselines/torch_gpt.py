@@ -6,7 +6,7 @@
 
 float32 on the CPU; on CUDA what one writes who wants speed: bf16 autocast over float32 weights, fused AdamW, the
 attention that PyTorch chooses, torch.compile in the mode that is asked for. Prints one JSON object: median milliseconds
-of a step (micro-batches, clipping, AdamW), tokens a second, and the share of 989 TFLOP/s that the model's products are.
+of a step (forward, backward, clipping, AdamW), tokens a second, and the share of 989 TFLOP/s that the model's products are.
 Where a micro-batch does not fit in memory, half as many samples and twice as many micro-batches are taken, and said.
 """
 
@@ -157,7 +157,7 @@ def measure(p, device, mode, samples, micro_batches, steps, warm_up):
 
 def fitting(p, a):
     """Measures with as many samples in a micro-batch as there is memory for."""
-    samples, micro_batches = a.batch or p.samples, a.accumulate or p.micro_batches
+    samples, micro_batches = a.batch or p.samples, a.accumulate
     while True:
         try:
             return samples, micro_batches, *measure(p, a.device, a.mode, samples, micro_batches, a.steps, a.warm_up)
@@ -176,7 +176,7 @@ def arguments():
     for name, default in {"width": 256, "layers": 4, "heads": 4, "vocab": 8192, "context": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="without a preset")
     parser.add_argument("--batch", type=int, help="samples of a micro-batch; the preset's, or 8")
-    parser.add_argument("--accumulate", type=int, help="micro-batches; the preset's, or 1")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--mode", choices=MODES, default="eager")
     parser.add_argument("--steps", type=int, default=10)
@@ -190,7 +190,7 @@ def main():
     if a.threads:
         torch.set_num_threads(a.threads)
     torch.set_float32_matmul_precision("high" if a.device == "cuda" else "highest")
-    shape = Preset(a.layers, a.width, a.heads, a.heads, 4 * a.width, a.vocab, 8, 1, context=a.context)
+    shape = Preset(a.layers, a.width, a.heads, a.heads, 4 * a.width, a.vocab, 8, context=a.context)
     p = PRESETS[a.preset] if a.preset else shape
     samples, micro_batches, times, first, loss = fitting(p, a)
     ms, tokens = statistics.median(times), samples * p.context * micro_batches
