@@ -4,7 +4,6 @@ use super::print_json;
 use crate::{
     Result,
     bench::{self, Preset, TrainBench, UpscaleBench},
-    config::{Device, Precision},
     model::decoder::Recompute,
     report::human,
     run::Place,
@@ -36,7 +35,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "none")]
     recompute: Recompute,
     #[command(flatten)]
-    place: PlaceArgs,
+    place: super::PlaceArgs,
     /// On a GPU, launch every kernel by itself
     #[arg(long)]
     eager: bool,
@@ -67,7 +66,7 @@ pub struct UpscaleArgs {
     #[arg(long, value_name = "σ", default_value_t = 0.1)]
     noise: f64,
     #[command(flatten)]
-    place: PlaceArgs,
+    place: super::PlaceArgs,
     /// Folder for the narrow checkpoint (1.5 GB by default), which is removed at the end; the system's temporary
     /// folder if left out
     #[arg(long, value_name = "DIR")]
@@ -84,30 +83,10 @@ pub fn run(command: Command) -> Result<()> {
     }
 }
 
-/// Where to measure.
-#[derive(clap::Args)]
-struct PlaceArgs {
-    /// Where to compute
-    #[arg(long, default_value = "cpu")]
-    device: Device,
-    /// Type to compute in
-    #[arg(long, default_value = "auto")]
-    precision: Precision,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
-}
-
-impl PlaceArgs {
-    fn place(&self, eager: bool) -> Place {
-        Place { device: self.device, precision: self.precision, threads: self.threads, eager }
-    }
-}
-
 fn train(args: TrainArgs) -> Result<()> {
     let TrainArgs { preset, batch, steps, recompute, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, profile };
-    let speed = bench::train(args.place.place(args.eager), bench)?;
+    let speed = bench::train(Place { eager: args.eager, ..args.place.place() }, bench)?;
     if args.json {
         return print_json(&speed);
     }
@@ -136,7 +115,7 @@ fn upscale(args: UpscaleArgs) -> Result<()> {
         noise: args.noise,
         folder: args.folder.unwrap_or_else(std::env::temp_dir),
     };
-    let speed = bench::upscale(args.place.place(false), &bench)?;
+    let speed = bench::upscale(args.place.place(), &bench)?;
     if args.json {
         return print_json(&speed);
     }
