@@ -10,7 +10,7 @@
 #include "attention.cuh"
 
 template <int D>
-constexpr Tiles TILES = sizeof(real) == 2 ? Tiles{4, D <= 128 ? 2 : 1, D <= 128 ? 64 : 32}
+constexpr Tiles TILES = sizeof(real) == 2 ? Tiles{4, D <= 128 ? 2 : 1, D <= 96 ? 64 : 32}
                                           : Tiles{4, D <= 96 ? 2 : 1, D <= 128 ? 32 : D <= 192 ? 16 : 8};
 
 struct Arguments {
@@ -58,22 +58,50 @@ template <int BLOCKS> struct Softmax {
     }
 };
 
-// Block -> (sequence, head, queries), the last queries of a head, which see the most keys, first.
+// What a block of threads has to do: some queries of a head, the last ones, which see the most keys, first.
+struct Work {
+    u32 start, head, sequence;
+
+    DEVICE Work(const Arguments& p, u32 rows) {
+        u32 tiles = (p.queries + rows - 1) / rows, block = anew(blockIdx.x);
+        start = (tiles - 1 - block % tiles) * rows;
+        head = block / tiles % p.heads;
+        sequence = block / tiles / p.heads;
+    }
+};
+
+// Writes the warp's rows, `row` being the first of them in the block.
+template <int D, int BLOCKS>
+DEVICE void finish(const Arguments& p, u32 row, Product<BLOCKS, D>& out, const Softmax<BLOCKS>& softmax, real* tile) {
+    Work work(p, TILES<D>.rows());
+    u32 first = work.start + row, rows = first < p.queries ? p.queries - first : 0;
+    u64 to = (u64)work.sequence * p.queries + first, width = (u64)p.heads * p.head_dim;
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; i++) {
+        f32 sum = row_sum(softmax.sum[i]);
+        out.scale_row(i / 2, i % 2, sum == 0 ? 0 : 1 / sum);
+        u32 own = 8 * i + threadIdx.x % WARP / 4;
+        if (threadIdx.x % 4 == 0 && own < rows)
+            p.log_sum_exp[(to + own) * p.heads + work.head] =
+                sum == 0 ? MINUS_INFINITY : softmax.largest[i] * p.scale + logf(sum);
+    }
+    store_product(p.out + to * width + (u64)work.head * p.head_dim, width, rows, p.head_dim, out, tile);
+}
+
 template <int D> DEVICE void attend(const Arguments& p, u8* shared) {
     constexpr Tiles T = TILES<D>;
     constexpr u32 M = T.rows(), N = T.columns;
-    u32 tiles = (p.queries + M - 1) / M, start = (tiles - 1 - blockIdx.x % tiles) * M;
-    u32 head = blockIdx.x / tiles % p.heads, sequence = blockIdx.x / tiles / p.heads;
-    const i32* first_key = p.first_key ? p.first_key + (u64)sequence * p.queries : nullptr;
-    u32 rows = p.queries - start < M ? p.queries - start : M;
-    Queries queries(first_key, start, rows, p.keys - p.queries);
-
     real* q_tile = (real*)shared;
     real* buffers = q_tile + M * D;
-    u64 at = (u64)head * p.head_dim, kv_at = (u64)(head / p.group) * p.head_dim;
-    const real* q = p.q + (sequence * p.q_rows + start) * p.q_stride + at;
-    const real* k = p.k + sequence * p.k_rows * p.k_stride + kv_at;
-    const real* v = p.v + sequence * p.v_rows * p.v_stride + kv_at;
+    u32 row = threadIdx.x / WARP * 16 * T.blocks;
+
+    Work work(p, M);
+    const i32* first_key = p.first_key ? p.first_key + (u64)work.sequence * p.queries + work.start : nullptr;
+    u32 rows = p.queries - work.start < M ? p.queries - work.start : M;
+    Queries queries(first_key, rows, p.keys - p.queries + work.start);
+    u64 kv_at = (u64)(work.head / p.group) * p.head_dim;
+    const real* k = p.k + work.sequence * p.k_rows * p.k_stride + kv_at;
+    const real* v = p.v + work.sequence * p.v_rows * p.v_stride + kv_at;
     bool wide = is_wide(p.q, p.q_stride) && is_wide(p.k, p.k_stride) && is_wide(p.v, p.v_stride) &&
                 p.head_dim % WIDE<real> == 0;
     auto fetch = [&](u32 key) {
@@ -82,14 +110,15 @@ template <int D> DEVICE void attend(const Arguments& p, u8* shared) {
         load_tile<D, N, T.threads()>(buffer, k + key * p.k_stride, p.k_stride, left, p.head_dim, wide);
         load_tile<D, N, T.threads()>(buffer + N * D, v + key * p.v_stride, p.v_stride, left, p.head_dim, wide);
     };
+    const real* q = p.q + (work.sequence * p.q_rows + work.start) * p.q_stride + (u64)work.head * p.head_dim;
+    load_tile<D, M, T.threads()>(q_tile, q, p.q_stride, rows, p.head_dim, wide);
 
-    u32 row = threadIdx.x / WARP * 16 * T.blocks;
     Product<T.blocks, D> out;
     Softmax<T.blocks> softmax;
-    load_tile<D, M, T.threads()>(q_tile, q, p.q_stride, rows, p.head_dim, wide);
-    if (queries.begin(N) < queries.end()) fetch(queries.begin(N));
+    u32 key = queries.begin(N);
+    if (key < queries.end()) fetch(key);
     copy_commit();
-    for (u32 key = queries.begin(N); key < queries.end(); key += N) {
+    for (; key < queries.end(); key += N) {
         copy_wait<0>();
         __syncthreads();  // This tile is there, and the other buffer's readers are done.
         if (key + N < queries.end()) fetch(key + N);
@@ -105,19 +134,7 @@ template <int D> DEVICE void attend(const Arguments& p, u8* shared) {
     }
     copy_wait<0>();
     __syncthreads();  // For a block without keys: q's tile is about to be overwritten.
-
-    u64 to = (u64)sequence * p.queries + start + row;
-#pragma unroll
-    for (int i = 0; i < 2 * T.blocks; i++) {
-        f32 sum = row_sum(softmax.sum[i]);
-        out.scale_row(i / 2, i % 2, sum == 0 ? 0 : 1 / sum);
-        u32 own = 8 * i + threadIdx.x % WARP / 4;
-        if (threadIdx.x % 4 == 0 && row + own < rows)
-            p.log_sum_exp[(to + own) * p.heads + head] =
-                sum == 0 ? MINUS_INFINITY : softmax.largest[i] * p.scale + logf(sum);
-    }
-    u64 width = (u64)p.heads * p.head_dim;
-    store_product(p.out + to * width + at, width, rows > row ? rows - row : 0, p.head_dim, out, q_tile + row * D);
+    finish(p, row, out, softmax, q_tile + row * D);
 }
 
 // One block of threads for each sequence, head and TILES<D>.rows() queries, D the least size below that holds a head.

@@ -66,7 +66,7 @@ template <int D, int ROWS, int THREADS, class T>
 DEVICE void load_tile(T* tile, const T* from, u64 stride, u32 rows, u32 head_dim, bool wide) {
     constexpr u32 PIECES = D / WIDE<T>;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+    for (u32 i = anew(threadIdx.x); i < ROWS * PIECES; i += THREADS) {
         u32 row = i / PIECES, column = i % PIECES * WIDE<T>;
         T* to = tile + place<T, D>(row, i % PIECES);
         bool valid = row < rows && column < head_dim;
@@ -118,7 +118,7 @@ DEVICE void store_product(T* to, u64 stride, u32 rows, u32 head_dim, const Produ
 // product = rows . tile^T, of the warp's rows (D elements each) and the COLUMNS rows of a tile.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const bf16* rows, const bf16* tile) {
-    u32 lane = threadIdx.x % WARP;
+    u32 lane = anew(threadIdx.x % WARP);
     u32 row_at = place<bf16, D>(lane % 16, lane / 16);
     u32 tile_at = place<bf16, D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     product.clear();
@@ -142,7 +142,7 @@ DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const bf16* rows, c
 // A lane has 4 BLOCKS elements in a column pair: 2 BLOCKS + COLUMNS / 4 reads of 16 bytes for 2 BLOCKS COLUMNS sums.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const f32* rows, const f32* tile) {
-    u32 g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    u32 lane = anew(threadIdx.x % WARP), g = lane / 4, t = lane % 4;
     product.clear();
 #pragma unroll 1
     for (u32 piece = 0; piece < D / 4; piece++) {
@@ -165,7 +165,7 @@ DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const f32* rows, co
 // sum += left . tile, where the columns of `left` are the rows of the tile. In bf16 `left` is rounded to it.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>& left, const bf16* tile) {
-    u32 at = place<bf16, D>(threadIdx.x % 16, threadIdx.x % WARP / 16);
+    u32 lane = anew(threadIdx.x % WARP), at = place<bf16, D>(lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < COLUMNS / 16; k++) {
         u32 a[BLOCKS][4];
@@ -190,17 +190,20 @@ DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>&
 }
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>& left, const f32* tile) {
-    u32 t = threadIdx.x % 4;
+    u32 t = anew(threadIdx.x % 4), first_at = t / 2 * 4 + t % 2 * 2;
 #pragma unroll
     for (int row = 0; row < COLUMNS; row++) {
+        // place(row, 2 n + t / 2) + t % 2 * 2
+        constexpr u32 TURNED = TURN<f32, D>;
+        u32 turn = row / (8 / TURNED) % TURNED;
         f32 a[2 * BLOCKS];
 #pragma unroll
         for (int i = 0; i < 2 * BLOCKS; i++)
             a[i] = __shfl_sync(FULL_WARP, left.at[i / 2][row / 8][i % 2 * 2 + row % 2], row % 8 / 2, 4);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            const f32* at = tile + place<f32, D>(row, 2 * n + t / 2) + t % 2 * 2;
-            Pack<f32, 2> b = *(const Pack<f32, 2>*)at;
+            u32 at = (first_at ^ ((2 * n % TURNED ^ turn) * 4)) + 2 * n / TURNED * TURNED * 4 + row * D;
+            Pack<f32, 2> b = *(const Pack<f32, 2>*)(tile + at);
 #pragma unroll
             for (int i = 0; i < 4 * BLOCKS; i++) {
                 f32& to = sum.at[i / 4][n][i % 4];
@@ -220,24 +223,23 @@ DEVICE f32 row_sum(f32 x) {
     return x + __shfl_xor_sync(FULL_WARP, x, 2);
 }
 
-// The first key of a query: 0 unless `first_key`, that of the sequence's queries, is given.
+// The first key of a query, 0 without `first_key`.
 DEVICE i32 first_of(const i32* first_key, u32 query) { return first_key && first_key[query] > 0 ? first_key[query] : 0; }
 
-// What a block of queries sees of its sequence: query `start + i` stands at `position + i`.
+// What a block of queries sees of its sequence: query i stands at `position + i`.
 struct Queries {
-    // First keys of the sequence's queries, or null.
-    const i32* first_key;
-    u32 start, rows;
+    const i32* first_key;  // From the block's first query on, or null.
+    u32 rows;
     i32 position;
     // Least and largest first key. No query sees keys before `low`, and each sees those from `high` to its position.
     i32 low, high;
 
-    DEVICE Queries(const i32* first_key, u32 start, u32 rows, u32 before)
-        : first_key(first_key), start(start), rows(rows), position(before + start), low(0), high(0) {
+    DEVICE Queries(const i32* first_key, u32 rows, i32 position)
+        : first_key(first_key), rows(rows), position(position), low(0), high(0) {
         if (!first_key) return;
         low = 0x7fffffff;
         for (u32 row = threadIdx.x % WARP; row < rows; row += WARP) {
-            i32 first = first_of(first_key, start + row);
+            i32 first = first_of(first_key, row);
             low = first < low ? first : low;
             high = first > high ? first : high;
         }
@@ -253,12 +255,12 @@ struct Queries {
     // Sets hidden scores to minus infinity: those of the warp's rows from `row` on with the keys from `key` on.
     template <int BLOCKS, int COLUMNS> DEVICE void hide(Product<BLOCKS, COLUMNS>& scores, u32 row, i32 key) const {
         if (key + COLUMNS - 1 <= position + (i32)row && key >= high) return;
-        u32 lane = threadIdx.x % WARP;
+        u32 lane = anew(threadIdx.x % WARP);
         key += lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 2 * BLOCKS; i++) {
             u32 at = row + 8 * i + lane / 4;
-            i32 last = position + at, first = at < rows ? first_of(first_key, start + at) : 0;
+            i32 last = position + at, first = at < rows ? first_of(first_key, at) : 0;
 #pragma unroll
             for (int n = 0; n < COLUMNS / 4; n++) {
                 i32 k = key + n / 2 * 8 + n % 2;
