@@ -123,8 +123,7 @@ template <int D> DEVICE void attend(const Arguments& p, u8* shared) {
         __syncthreads();  // This tile is there, and the other buffer's readers are done.
         if (key + N < queries.end()) fetch(key + N);
         copy_commit();
-        // None of the warp's queries sees this tile.
-        if ((i32)key > queries.position + (i32)row + 16 * T.blocks - 1) continue;
+        if (queries.hidden(row + 16 * T.blocks - 1, key)) continue;
         const real* k_tile = buffers + key / N % 2 * (2 * N * D);
         Product<T.blocks, N> scores;
         multiply_rows<D>(scores, q_tile + row * D, k_tile);

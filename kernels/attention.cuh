@@ -60,6 +60,15 @@ template <class T, int D> DEVICE u32 further(u32 at, int step) {
     return (at ^ (step % TURN<T, D> * WIDE<T>)) + step / TURN<T, D> * (TURN<T, D> * WIDE<T>);
 }
 
+// The 16 bytes of a head's row from `column` on, with zeros from `head_dim` on.
+template <class T> DEVICE Wide<T> read_piece(const T* row, u32 column, u32 head_dim, bool wide) {
+    Wide<T> piece = {};
+    if (wide && column < head_dim) return *(const Wide<T>*)(row + column);
+    for (u32 e = 0; e < WIDE<T>; e++)
+        if (column + e < head_dim) piece.at[e] = row[column + e];
+    return piece;
+}
+
 // Begins to copy ROWS rows of a head into a tile; rows from `rows` on and columns from `head_dim` on become zero. Not
 // `wide`: elements are copied one by one, and at once.
 template <int D, int ROWS, int THREADS, class T>
@@ -70,15 +79,10 @@ DEVICE void load_tile(T* tile, const T* from, u64 stride, u32 rows, u32 head_dim
         u32 row = i / PIECES, column = i % PIECES * WIDE<T>;
         T* to = tile + place<T, D>(row, i % PIECES);
         bool valid = row < rows && column < head_dim;
-        const T* source = valid ? from + row * stride + column : from;
-        if (wide) {
-            copy_async_16(to, source, valid);
-        } else {
-            Wide<T> piece = {};
-            for (u32 e = 0; e < WIDE<T>; e++)
-                if (valid && column + e < head_dim) piece.at[e] = source[e];
-            *(Wide<T>*)to = piece;
-        }
+        if (wide)
+            copy_async_16(to, valid ? from + row * stride + column : from, valid);
+        else
+            *(Wide<T>*)to = valid ? read_piece(from + row * stride, column, head_dim, false) : Wide<T>{};
     }
 }
 
@@ -252,6 +256,8 @@ struct Queries {
     // First key that is read, in steps of a tile, and the one after the last.
     DEVICE u32 begin(u32 tile) const { return (u32)low / tile * tile; }
     DEVICE u32 end() const { return position + rows; }
+    // Whether `row` stands before `key`, as do all rows before it.
+    DEVICE bool hidden(u32 row, i32 key) const { return key > position + (i32)row; }
     // Sets hidden scores to minus infinity: those of the warp's rows from `row` on with the keys from `key` on.
     template <int BLOCKS, int COLUMNS> DEVICE void hide(Product<BLOCKS, COLUMNS>& scores, u32 row, i32 key) const {
         if (key + COLUMNS - 1 <= position + (i32)row && key >= high) return;
