@@ -122,7 +122,7 @@ DEVICE void store_product(T* to, u64 stride, u32 rows, u32 head_dim, const Produ
 // product = rows . tile^T, of the warp's rows (D elements each) and the COLUMNS rows of a tile.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const bf16* rows, const bf16* tile) {
-    u32 lane = anew(threadIdx.x % WARP);
+    u32 lane = anew(threadIdx.x) % WARP;
     u32 row_at = place<bf16, D>(lane % 16, lane / 16);
     u32 tile_at = place<bf16, D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     product.clear();
@@ -146,7 +146,7 @@ DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const bf16* rows, c
 // A lane has 4 BLOCKS elements in a column pair: 2 BLOCKS + COLUMNS / 4 reads of 16 bytes for 2 BLOCKS COLUMNS sums.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const f32* rows, const f32* tile) {
-    u32 lane = anew(threadIdx.x % WARP), g = lane / 4, t = lane % 4;
+    u32 lane = anew(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
     product.clear();
 #pragma unroll 1
     for (u32 piece = 0; piece < D / 4; piece++) {
@@ -169,7 +169,7 @@ DEVICE void multiply_rows(Product<BLOCKS, COLUMNS>& product, const f32* rows, co
 // sum += left . tile, where the columns of `left` are the rows of the tile. In bf16 `left` is rounded to it.
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>& left, const bf16* tile) {
-    u32 lane = anew(threadIdx.x % WARP), at = place<bf16, D>(lane % 16, lane / 16);
+    u32 lane = anew(threadIdx.x) % WARP, at = place<bf16, D>(lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < COLUMNS / 16; k++) {
         u32 a[BLOCKS][4];
@@ -194,7 +194,7 @@ DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>&
 }
 template <int D, int BLOCKS, int COLUMNS>
 DEVICE void add_product(Product<BLOCKS, D>& sum, const Product<BLOCKS, COLUMNS>& left, const f32* tile) {
-    u32 t = anew(threadIdx.x % 4), first_at = t / 2 * 4 + t % 2 * 2;
+    u32 t = anew(threadIdx.x) % 4, first_at = t / 2 * 4 + t % 2 * 2;
 #pragma unroll
     for (int row = 0; row < COLUMNS; row++) {
         // place(row, 2 n + t / 2) + t % 2 * 2
@@ -261,7 +261,7 @@ struct Queries {
     // Sets hidden scores to minus infinity: those of the warp's rows from `row` on with the keys from `key` on.
     template <int BLOCKS, int COLUMNS> DEVICE void hide(Product<BLOCKS, COLUMNS>& scores, u32 row, i32 key) const {
         if (key + COLUMNS - 1 <= position + (i32)row && key >= high) return;
-        u32 lane = anew(threadIdx.x % WARP);
+        u32 lane = anew(threadIdx.x) % WARP;
         key += lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 2 * BLOCKS; i++) {

@@ -11,10 +11,10 @@
 #include "attention.cuh"
 
 template <int D>
-constexpr Tiles BY_QUERY = sizeof(real) == 2 ? Tiles{4, D <= 128 ? 2 : 1, D <= 64 ? 64 : D <= 192 ? 32 : 16}
+constexpr Tiles BY_QUERY = sizeof(real) == 2 ? Tiles{4, D <= 128 ? 2 : 1, D <= 192 ? 32 : 16}
                                              : Tiles{D <= 128 ? 4 : 2, D <= 64 ? 2 : 1, D <= 96 ? 32 : D <= 192 ? 16 : 8};
 template <int D>
-constexpr Tiles BY_KEY = sizeof(real) == 2 ? Tiles{4, D <= 64 ? 2 : 1, D <= 64 ? 32 : D <= 128 ? 64 : D <= 192 ? 32 : 16}
+constexpr Tiles BY_KEY = sizeof(real) == 2 ? Tiles{4, D <= 64 ? 2 : 1, D <= 192 ? 32 : 16}
                                            : Tiles{D <= 128 ? 4 : 2, 1, D <= 96 ? 32 : D <= 192 ? 16 : 8};
 
 // What is known of a query and head: log-sum-exp in powers of 2, +infinity where no key is seen, so that its
@@ -27,17 +27,12 @@ struct Arguments {
     const real *dout, *qkv;
     const Saved* saved;
     const i32* first_key;
+    // Elements of a token's row of qkv, of its queries, and of its keys.
+    u64 row, width, kv_width;
     u32 heads, group, head_dim, tokens, padded;
     f32 scale;
 
-    DEVICE u64 width() const { return (u64)heads * head_dim; }
-    DEVICE u64 row() const { return (u64)(heads + 2 * (heads / group)) * head_dim; }
-    // Where a key head and a value head begin in a row.
-    DEVICE u64 key_at(u32 kv_head) const { return (u64)(heads + kv_head) * head_dim; }
-    DEVICE u64 value_at(u32 kv_head) const { return key_at(kv_head) + (u64)(heads / group) * head_dim; }
-    DEVICE bool wide() const {
-        return is_wide(qkv, head_dim) && is_wide(dout, head_dim);
-    }
+    DEVICE bool wide() const { return is_wide(qkv, head_dim) && is_wide(dout, head_dim); }
 };
 
 // One group of lanes for each query and head, 8 elements a lane. Bytes: out and dout once, 16 a query and head.
@@ -72,35 +67,44 @@ DEVICE void differentiate(f32& score, f32& gradient, f32 log, f32 inner, f32 fac
     gradient = score * (gradient - inner);
 }
 
+// What a block of threads has to do: the `tile`-th part of `rows` tokens of a head. Found out again where it is needed
+// again, for that costs less than registers.
+struct Work {
+    u32 tiles, tile, head, sequence;
+
+    DEVICE Work(const Arguments& p, u32 rows, u32 heads, u32 blocks_each) {
+        u32 block = anew(blockIdx.x) / blocks_each;
+        tiles = (p.tokens + rows - 1) / rows;
+        tile = block % tiles;
+        head = block / tiles % heads;
+        sequence = block / tiles / heads;
+    }
+};
+
 // dq of some queries of a head; the last ones, which see the most keys, first.
 template <int D> DEVICE void by_query(const Arguments& p, u8* shared) {
     constexpr Tiles T = BY_QUERY<D>;
     constexpr u32 M = T.rows(), N = T.columns;
-    u32 tiles = (p.tokens + M - 1) / M, start = (tiles - 1 - blockIdx.x % tiles) * M;
-    u32 head = blockIdx.x / tiles % p.heads, sequence = blockIdx.x / tiles / p.heads;
-    u32 rows = p.tokens - start < M ? p.tokens - start : M, row = threadIdx.x / WARP * 16 * T.blocks;
-    u64 token = (u64)sequence * p.tokens + start, at = (u64)head * p.head_dim;
+    u32 row = threadIdx.x / WARP * 16 * T.blocks;
+    Work work(p, M, p.heads, 1);
+    u32 start = (work.tiles - 1 - work.tile) * M, rows = p.tokens - start < M ? p.tokens - start : M;
+    u64 token = (u64)work.sequence * p.tokens + start, at = (u64)work.head * p.head_dim;
     Queries queries(p.first_key ? p.first_key + token : nullptr, rows, start);
 
     real *q_tile = (real*)shared, *dout_tile = q_tile + M * D, *buffers = dout_tile + M * D;
-    const real* k = p.qkv + (u64)sequence * p.tokens * p.row() + p.key_at(head / p.group);
+    Saved* saved_rows = (Saved*)(buffers + 4 * N * D);
+    const real* k = p.qkv + (u64)work.sequence * p.tokens * p.row + p.width + (u64)(work.head / p.group) * p.head_dim;
     auto fetch = [&](u32 key) {
         real* buffer = buffers + key / N % 2 * (2 * N * D);
-        const real* from = k + key * p.row();
-        u64 to_value = (u64)(p.heads / p.group) * p.head_dim;
-        load_tile<D, N, T.threads()>(buffer, from, p.row(), p.tokens - key, p.head_dim, p.wide());
-        load_tile<D, N, T.threads()>(buffer + N * D, from + to_value, p.row(), p.tokens - key, p.head_dim, p.wide());
+        const real* from = k + key * p.row;
+        load_tile<D, N, T.threads()>(buffer, from, p.row, p.tokens - key, p.head_dim, p.wide());
+        load_tile<D, N, T.threads()>(buffer + N * D, from + p.kv_width, p.row, p.tokens - key, p.head_dim, p.wide());
     };
-    load_tile<D, M, T.threads()>(q_tile, p.qkv + token * p.row() + at, p.row(), rows, p.head_dim, p.wide());
-    load_tile<D, M, T.threads()>(dout_tile, p.dout + token * p.width() + at, p.width(), rows, p.head_dim, p.wide());
+    load_tile<D, M, T.threads()>(q_tile, p.qkv + token * p.row + at, p.row, rows, p.head_dim, p.wide());
+    load_tile<D, M, T.threads()>(dout_tile, p.dout + token * p.width + at, p.width, rows, p.head_dim, p.wide());
 
-    f32 log[2 * T.blocks], inner[2 * T.blocks];
-#pragma unroll
-    for (int i = 0; i < 2 * T.blocks; i++) {
-        u32 own = start + row + 8 * i + threadIdx.x % WARP / 4;
-        Saved saved = p.saved[((u64)sequence * p.heads + head) * p.padded + own];
-        log[i] = saved.at[0], inner[i] = saved.at[1];
-    }
+    const Saved* saved = p.saved + ((u64)work.sequence * p.heads + work.head) * p.padded + start;
+    for (u32 i = threadIdx.x; i < M; i += T.threads()) copy_async_16(saved_rows + i, saved + i, true);
     Product<T.blocks, D> dq;
     u32 key = queries.begin(N);
     if (key < queries.end()) fetch(key);
@@ -117,19 +121,23 @@ template <int D> DEVICE void by_query(const Arguments& p, u8* shared) {
         queries.hide(scores, row, key);
         multiply_rows<D>(gradients, dout_tile + row * D, k_tile + N * D);
 #pragma unroll
-        for (int i = 0; i < N * T.blocks / 2; i++) {
-            constexpr int EACH = N / 2;
-            const int m = i / EACH, n = i % EACH / 4, j = i % 4;
-            differentiate(scores.at[m][n][j], gradients.at[m][n][j], log[2 * m + j / 2], inner[2 * m + j / 2],
-                          p.scale * LOG2_E);
+        for (int i = 0; i < 2 * T.blocks; i++) {
+            Saved of = saved_rows[row + 8 * i + anew(threadIdx.x % WARP) / 4];
+#pragma unroll
+            for (int n = 0; n < N / 4; n++) {
+                const int m = i / 2, j = i % 2 * 2 + n % 2;
+                differentiate(scores.at[m][n / 2][j], gradients.at[m][n / 2][j], of.at[0], of.at[1], p.scale * LOG2_E);
+            }
         }
         add_product<D>(dq, gradients, k_tile);
     }
     copy_wait<0>();
     __syncthreads();  // For a block without keys: q's tile is about to be overwritten.
     dq.scale(p.scale);
-    store_product(p.dqkv + (token + row) * p.row() + at, p.row(), rows > row ? rows - row : 0, p.head_dim, dq,
-                  q_tile + row * D);
+    Work same(p, M, p.heads, 1);
+    u32 first = (same.tiles - 1 - same.tile) * M + row;
+    real* to = p.dqkv + ((u64)same.sequence * p.tokens + first) * p.row + (u64)same.head * p.head_dim;
+    store_product(to, p.row, first < p.tokens ? p.tokens - first : 0, p.head_dim, dq, q_tile + row * D);
 }
 
 // One past the last query that sees a key before `keys_end`, as far as first keys say. All threads of the block call it.
@@ -167,13 +175,13 @@ DEVICE void hide_keys(Product<BLOCKS, COLUMNS>& scores, u32 key, u32 query, cons
 }
 
 // dk (KEYS) or dv (VALUES), or both, of some keys; the first ones, which most queries see, first.
-template <int D, bool KEYS, bool VALUES> DEVICE void by_key(const Arguments& p, u8* shared, u32 block) {
+template <int D, bool KEYS, bool VALUES> DEVICE void by_key(const Arguments& p, u8* shared) {
     constexpr Tiles T = BY_KEY<D>;
     constexpr u32 M = T.rows(), N = T.columns;
-    u32 tiles = (p.tokens + M - 1) / M, kv_heads = p.heads / p.group, start = block % tiles * M;
-    u32 kv_head = block / tiles % kv_heads, sequence = block / tiles / kv_heads;
-    u32 rows = p.tokens - start < M ? p.tokens - start : M, row = threadIdx.x / WARP * 16 * T.blocks;
-    u64 token = (u64)sequence * p.tokens;
+    u32 row = threadIdx.x / WARP * 16 * T.blocks;
+    Work work(p, M, p.heads / p.group, KEYS && VALUES ? 1 : 2);
+    u32 start = work.tile * M, head = work.head * p.group;
+    u64 token = (u64)work.sequence * p.tokens;
 
     real *k_tile = (real*)shared, *v_tile = k_tile + M * D, *buffers = v_tile + M * D;
     Saved* saved_buffers = (Saved*)(buffers + 4 * N * D);
@@ -182,19 +190,20 @@ template <int D, bool KEYS, bool VALUES> DEVICE void by_key(const Arguments& p, 
     // Tiles of queries of one head; those of the group's heads follow one another.
     u32 begin = start / N, count = end > begin * N ? (end - begin * N + N - 1) / N : 0;
     auto fetch = [&](u32 i) {
-        u32 head = kv_head * p.group + i / count, query = (begin + i % count) * N;
-        u64 from = token + query, at = (u64)head * p.head_dim;
+        u32 query = (begin + i % count) * N;
+        u64 from = token + query, at = (u64)(head + i / count) * p.head_dim;
         real* buffer = buffers + i % 2 * (2 * N * D);
-        load_tile<D, N, T.threads()>(buffer, p.qkv + from * p.row() + at, p.row(), p.tokens - query, p.head_dim,
+        load_tile<D, N, T.threads()>(buffer, p.qkv + from * p.row + at, p.row, p.tokens - query, p.head_dim,
                                      p.wide());
-        load_tile<D, N, T.threads()>(buffer + N * D, p.dout + from * p.width() + at, p.width(), p.tokens - query,
+        load_tile<D, N, T.threads()>(buffer + N * D, p.dout + from * p.width + at, p.width, p.tokens - query,
                                      p.head_dim, p.wide());
-        const Saved* saved = p.saved + ((u64)sequence * p.heads + head) * p.padded + query;
+        const Saved* saved = p.saved + ((u64)work.sequence * p.heads + head + i / count) * p.padded + query;
         if (threadIdx.x < N) copy_async_16(saved_buffers + i % 2 * N + threadIdx.x, saved + threadIdx.x, true);
     };
-    const real* keys = p.qkv + (token + start) * p.row();
-    load_tile<D, M, T.threads()>(k_tile, keys + p.key_at(kv_head), p.row(), rows, p.head_dim, p.wide());
-    if (KEYS) load_tile<D, M, T.threads()>(v_tile, keys + p.value_at(kv_head), p.row(), rows, p.head_dim, p.wide());
+    const real* keys = p.qkv + (token + start) * p.row + p.width + (u64)work.head * p.head_dim;
+    u32 rows = p.tokens - start;
+    load_tile<D, M, T.threads()>(k_tile, keys, p.row, rows, p.head_dim, p.wide());
+    if (KEYS) load_tile<D, M, T.threads()>(v_tile, keys + p.kv_width, p.row, rows, p.head_dim, p.wide());
 
     Product<T.blocks, KEYS ? D : 8> dk;
     Product<T.blocks, VALUES ? D : 8> dv;
@@ -211,11 +220,11 @@ template <int D, bool KEYS, bool VALUES> DEVICE void by_key(const Arguments& p, 
         const Saved* saved = saved_buffers + i % 2 * N;
         Product<T.blocks, N> scores, gradients;
         multiply_rows<D>(scores, k_tile + row * D, q_tile);
-        hide_keys(scores, start + row, query, saved, first_key);
+        hide_keys(scores, start + row, query, saved, p.first_key);
         if (KEYS) multiply_rows<D>(gradients, v_tile + row * D, dout_tile);
 #pragma unroll
         for (int n = 0; n < N / 4; n++) {
-            Saved of = saved[n / 2 * 8 + threadIdx.x % 4 * 2 + n % 2];
+            Saved of = saved[n / 2 * 8 + anew(threadIdx.x % 4) * 2 + n % 2];
 #pragma unroll
             for (int r = 0; r < 2 * T.blocks; r++) {
                 const int m = r / 2, j = r % 2 * 2 + n % 2;
@@ -227,21 +236,23 @@ template <int D, bool KEYS, bool VALUES> DEVICE void by_key(const Arguments& p, 
     }
     copy_wait<0>();
     __syncthreads();  // For a block without queries: the tiles are about to be overwritten.
-    real* to = p.dqkv + (token + start + row) * p.row();
-    u32 left = rows > row ? rows - row : 0;
-    if constexpr (VALUES) store_product(to + p.value_at(kv_head), p.row(), left, p.head_dim, dv, k_tile + row * D);
+    Work same(p, M, p.heads / p.group, KEYS && VALUES ? 1 : 2);
+    u32 first = same.tile * M + row, left = first < p.tokens ? p.tokens - first : 0;
+    real* to = p.dqkv + ((u64)same.sequence * p.tokens + first) * p.row + p.width + (u64)same.head * p.head_dim;
+    if constexpr (VALUES) store_product(to + p.kv_width, p.row, left, p.head_dim, dv, k_tile + row * D);
     if constexpr (KEYS) {
         dk.scale(p.scale);
-        store_product(to + p.key_at(kv_head), p.row(), left, p.head_dim, dk, k_tile + row * D);
+        store_product(to, p.row, left, p.head_dim, dk, k_tile + row * D);
     }
 }
 
 // One block of threads for each sequence, head and BY_QUERY<D>.rows() tokens.
 KERNEL(128, NAMED(attention_backward_queries),
-       (real* dqkv, const real* dout, const real* qkv, const f32* saved, const i32* first_key, u32 heads, u32 group,
-        u32 head_dim, u32 tokens, u32 padded, f32 scale)) {
+       (real* dqkv, const real* dout, const real* qkv, const f32* saved, const i32* first_key, u64 row, u64 width,
+        u64 kv_width, u32 heads, u32 group, u32 head_dim, u32 tokens, u32 padded, f32 scale)) {
     DYNAMIC_SHARED(shared);
-    Arguments p = {dqkv, dout, qkv, (const Saved*)saved, first_key, heads, group, head_dim, tokens, padded, scale};
+    Arguments p = {dqkv,     dout,  qkv,   (const Saved*)saved, first_key, row,    width,
+                   kv_width, heads, group, head_dim,            tokens,    padded, scale};
     if (head_dim <= 16) return by_query<16>(p, shared);
     if (head_dim <= 32) return by_query<32>(p, shared);
     if (head_dim <= 64) return by_query<64>(p, shared);
@@ -254,17 +265,17 @@ KERNEL(128, NAMED(attention_backward_queries),
 // One block of threads for each sequence, key/value head and BY_KEY<D>.rows() tokens; two where head_dim is over 128,
 // for dk and for dv, since registers do not hold both.
 KERNEL(128, NAMED(attention_backward_keys),
-       (real* dqkv, const real* dout, const real* qkv, const f32* saved, const i32* first_key, u32 heads, u32 group,
-        u32 head_dim, u32 tokens, u32 padded, f32 scale)) {
+       (real* dqkv, const real* dout, const real* qkv, const f32* saved, const i32* first_key, u64 row, u64 width,
+        u64 kv_width, u32 heads, u32 group, u32 head_dim, u32 tokens, u32 padded, f32 scale)) {
     DYNAMIC_SHARED(shared);
-    Arguments p = {dqkv, dout, qkv, (const Saved*)saved, first_key, heads, group, head_dim, tokens, padded, scale};
-    u32 block = blockIdx.x;
-    if (head_dim <= 16) return by_key<16, true, true>(p, shared, block);
-    if (head_dim <= 32) return by_key<32, true, true>(p, shared, block);
-    if (head_dim <= 64) return by_key<64, true, true>(p, shared, block);
-    if (head_dim <= 96) return by_key<96, true, true>(p, shared, block);
-    if (head_dim <= 128) return by_key<128, true, true>(p, shared, block);
+    Arguments p = {dqkv,     dout,  qkv,   (const Saved*)saved, first_key, row,    width,
+                   kv_width, heads, group, head_dim,            tokens,    padded, scale};
+    if (head_dim <= 16) return by_key<16, true, true>(p, shared);
+    if (head_dim <= 32) return by_key<32, true, true>(p, shared);
+    if (head_dim <= 64) return by_key<64, true, true>(p, shared);
+    if (head_dim <= 96) return by_key<96, true, true>(p, shared);
+    if (head_dim <= 128) return by_key<128, true, true>(p, shared);
     if (head_dim <= 192)
-        return block % 2 ? by_key<192, false, true>(p, shared, block / 2) : by_key<192, true, false>(p, shared, block / 2);
-    return block % 2 ? by_key<256, false, true>(p, shared, block / 2) : by_key<256, true, false>(p, shared, block / 2);
+        return blockIdx.x % 2 ? by_key<192, false, true>(p, shared) : by_key<192, true, false>(p, shared);
+    return blockIdx.x % 2 ? by_key<256, false, true>(p, shared) : by_key<256, true, false>(p, shared);
 }
