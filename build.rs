@@ -1,18 +1,35 @@
-//! Puts the commit into `mupscale --version`.
+//! Compiles the kernels, where an nvcc is found, and puts commit and toolkit into `mupscale --version`.
 
-use std::process::Command;
+#[path = "build/kernels.rs"]
+mod kernels;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+
+use std::{env, path::Path, process::Command};
 
 fn main() {
-    let version = std::env::var("CARGO_PKG_VERSION").unwrap_or_default();
+    let toolkit = kernels::embed().unwrap_or_else(|message| {
+        println!("cargo::error={}", message.lines().next().unwrap_or_default());
+        // Cargo shows the rest, nvcc's own words, because the script fails.
+        eprintln!("{message}");
+        std::process::exit(1);
+    });
     // A source archive has no commit to name.
-    let commit = Command::new("git")
-        .args(["rev-parse", "--short=10", "HEAD"])
-        .output()
-        .ok()
-        .filter(|output| output.status.success())
-        .and_then(|output| String::from_utf8(output.stdout).ok());
-    let commit = commit.map_or(String::new(), |c| format!(" ({})", c.trim()));
-    println!("cargo::rustc-env=MUPSCALE_VERSION={version}{commit}");
-    println!("cargo::rerun-if-changed=.git/HEAD");
-    println!("cargo::rerun-if-changed=.git/refs");
+    let commit = git(&["rev-parse", "--short=10", "HEAD"]);
+    let made_of: Vec<String> = commit.into_iter().chain(toolkit.map(|version| format!("CUDA {version}"))).collect();
+    let made_of = if made_of.is_empty() { String::new() } else { format!(" ({})", made_of.join(", ")) };
+    println!("cargo::rustc-env=MUPSCALE_VERSION={}{made_of}", env::var("CARGO_PKG_VERSION").unwrap_or_default());
+    // Where git keeps them, which for a second working tree is elsewhere. A watched file that is missing would rebuild
+    // everything at every call.
+    for name in ["HEAD", "logs/HEAD"] {
+        if let Some(path) = git(&["rev-parse", "--git-path", name]).filter(|path| Path::new(path).exists()) {
+            println!("cargo::rerun-if-changed={path}");
+        }
+    }
+}
+
+/// What git answers, in the repository of this script.
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8(output.stdout).ok()?.trim().to_string())
 }

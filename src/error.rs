@@ -66,9 +66,12 @@ pub enum Error {
         /// The checkpoint written with the weights before the step.
         checkpoint: PathBuf,
     },
-    /// A device (GPU, driver, library) that is missing or failed.
+    /// A device (GPU, driver, library) that is missing or cannot do what is asked.
     #[error("{0}")]
     Device(String),
+    /// A device that failed while it worked.
+    #[error("{0}")]
+    Fault(String),
     /// SIGTERM or SIGINT: the step was finished and saved.
     #[error("stopped by a signal after step {step}; saved in {}: go on with `mupscale resume {}`", checkpoint.display(), run.display())]
     Interrupted {
@@ -122,7 +125,7 @@ impl Error {
         move |source| Self::Io { path, action, source }
     }
 
-    /// The process's exit code: 2 for input that must change, 3 for a device, 4 for a loss that is not finite,
+    /// The process's exit code: 2 for input that must change or a device that is missing, 3 for a device that failed, 4 for a loss that is not finite,
     /// 75 (BSD's "temporary failure, try again") after a signal, 1 for what the operating system refused.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -131,6 +134,7 @@ impl Error {
             Self::Io { source, .. } if is_full(source) => 2,
             Self::Io { .. } => 1,
             Self::Device(_) => 2,
+            Self::Fault(_) => 3,
             Self::NonFinite { .. } => 4,
             Self::Interrupted { .. } => 75,
         }

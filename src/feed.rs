@@ -12,6 +12,8 @@ use crate::{
 
 /// A micro-batch on the host.
 pub struct HostBatch {
+    /// Type of `inputs`: i32 for tokens, the device's compute type for numbers.
+    pub dtype: DType,
     /// Tokens (i32) or numbers in the compute type, as bytes.
     pub inputs: Vec<u8>,
     /// Classes; −1: not counted.
@@ -113,26 +115,19 @@ pub struct RowSamples {
     held_out: Option<RowData>,
     order: Order,
     staging: RowBatch,
-    dtype: DType,
 }
 
 impl RowSamples {
-    /// Rows in the order that `seed` shuffles, or as they lie without one; numbers become `dtype`.
-    pub fn new(
-        train: RowData,
-        held_out: Option<RowData>,
-        micro: MicroBatch,
-        seed: Option<u64>,
-        dtype: DType,
-    ) -> Result<Self> {
+    /// Rows in the order that `seed` shuffles, or as they lie without one.
+    pub fn new(train: RowData, held_out: Option<RowData>, micro: MicroBatch, seed: Option<u64>) -> Result<Self> {
         let order = train.order(seed)?;
         let staging = RowBatch::new(micro.samples, train.inputs);
-        Ok(Self { train, held_out, order, staging, dtype })
+        Ok(Self { train, held_out, order, staging })
     }
 
     fn hand_over(&self, batch: &mut HostBatch) {
         let numbers = bytemuck::cast_slice(&self.staging.inputs);
-        crate::dtype::convert(numbers, DType::F32, &mut batch.inputs, self.dtype);
+        crate::dtype::convert(numbers, DType::F32, &mut batch.inputs, batch.dtype);
         batch.targets.copy_from_slice(&self.staging.labels);
     }
 }
@@ -212,6 +207,7 @@ impl<B: Backend> Feed<B> {
         let targets = planned.take(slots.targets);
         let first_key = slots.first_key.map(|s| planned.take(s));
         let host = HostBatch {
+            dtype: inputs.dtype(),
             inputs: vec![0; bytes(&inputs)],
             targets: vec![0; targets.len()],
             first_key: first_key.as_ref().map(|f| vec![0; f.len()]),

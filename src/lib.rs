@@ -71,6 +71,7 @@ pub mod report;
 pub mod rng;
 pub mod run;
 pub mod schedule;
+pub mod selftest;
 pub mod state;
 pub mod trainer;
 pub mod upscale;

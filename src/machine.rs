@@ -46,3 +46,13 @@ pub fn stop_flag() -> Result<Arc<AtomicBool>> {
     });
     flag.as_ref().cloned().map_err(|e| Error::Device(format!("signal handlers cannot be set: {e}")))
 }
+
+/// Bytes for people.
+pub fn size(bytes: usize) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} B"),
+        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
+        _ => format!("{:.2} GiB", bytes as f64 / (1 << 30) as f64),
+    }
+}

@@ -77,6 +77,7 @@ pub struct State<B: Backend> {
 /// Reserved memory of a state.
 pub struct StateSlots {
     weights: Slot,
+    master: Option<Slot>,
     first: Option<Slot>,
     second: Option<Slot>,
     maximum: Option<Slot>,
@@ -120,26 +121,33 @@ impl Moment {
 impl<B: Backend> State<B> {
     /// Reserves the arenas that a model and an optimizer need.
     pub fn plan(backend: &B, plan: &mut Plan, table: &Table, optimizer: Option<&OptimizerConfig>) -> StateSlots {
-        let float = backend.compute();
         let mut moment = |moment: Moment, name: &str| {
             let needed = optimizer.is_some_and(|o| table.rows.iter().any(|row| moment.exists(o, row)));
-            needed.then(|| plan.reserve(name, float, table.arena))
+            needed.then(|| plan.reserve(name, backend.moment(), table.arena))
         };
         let first = moment(Moment::First, "first moments");
         let second = moment(Moment::Second, "second moments");
         let maximum = moment(Moment::Maximum, "maxima of second moments");
-        StateSlots { weights: plan.reserve("weights", float, table.arena), first, second, maximum }
+        let weights = plan.reserve("weights", backend.compute(), table.arena);
+        // What is only read needs no copy to update.
+        let master = optimizer.and(backend.master()).map(|dtype| plan.reserve("master weights", dtype, table.arena));
+        StateSlots { weights, master, first, second, maximum }
     }
 
     /// Takes the reserved arenas, all zero.
     pub fn new(slots: StateSlots, planned: &mut Planned<B>) -> Self {
         Self {
             weights: planned.take(slots.weights),
-            master: None,
+            master: slots.master.map(|s| planned.take(s)),
             first: slots.first.map(|s| planned.take(s)),
             second: slots.second.map(|s| planned.take(s)),
             maximum: slots.maximum.map(|s| planned.take(s)),
         }
+    }
+
+    /// The weights that the optimizer updates: the master copy, if there is one.
+    pub fn updated_mut(&mut self) -> &mut Tensor<B> {
+        self.master.as_mut().unwrap_or(&mut self.weights)
     }
 
     /// The arena of a moment.
@@ -165,7 +173,7 @@ impl<B: Ops> State<B> {
     /// New weights: functions of the seed and each tensor's name. Moments are zero.
     pub fn init(&mut self, backend: &B, table: &Table, scaling: &Scaling, seed: u64) {
         for (i, row) in table.rows.iter().enumerate() {
-            let target = self.weights.slice_mut(table.values(i));
+            let target = self.updated_mut().slice_mut(table.values(i));
             let amount = optim::init_std(row, table, scaling);
             match row.init {
                 Init::Normal(_) => {
@@ -175,6 +183,14 @@ impl<B: Ops> State<B> {
                 Init::Ones => backend.fill(target, 0, 1.0, None),
                 Init::Zeros => backend.fill(target, 0, 0.0, None),
             }
+        }
+        self.round(backend);
+    }
+
+    /// Rounds the master copy, if there is one, to the weights that the forward pass reads.
+    pub fn round(&mut self, backend: &B) {
+        if let Some(master) = &self.master {
+            backend.accumulate(self.weights.view_mut(), master.view(), false);
         }
     }
 }

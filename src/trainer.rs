@@ -134,7 +134,7 @@ impl<B: Ops> Trainer<B> {
         let summed = config.batch.micro_batches > 1;
         let mut plan = Plan::default();
         let state = State::plan(&backend, &mut plan, table, Some(&optimizer));
-        let gradients = plan.reserve("gradients", backend.compute(), table.arena);
+        let gradients = plan.reserve("gradients", backend.gradient(), table.arena);
         let depth = if summed { comm::depth(share.len()) } else { 0 };
         let sums: Vec<_> =
             (0..depth).map(|i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena)).collect();

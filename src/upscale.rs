@@ -166,7 +166,7 @@ pub fn load<B: Ops>(
             Some(growth) => loader.noise(backend, &mut staging, growth, &wide, &target.scaling, ratios)?,
             None => None,
         };
-        let weights = state.weights.slice_mut(wide.values(i));
+        let weights = state.updated_mut().slice_mut(wide.values(i));
         loader.expand(backend, &mut staging, &row.name, MODEL, weights, ratios.s(), noise.as_ref())?;
         // Moments that were reset when the checkpoint was written are zero, as they are in a new state.
         let fresh = origin.progress.position.time == 0 && !origin.has_moments();
@@ -183,6 +183,7 @@ pub fn load<B: Ops>(
             loader.expand(backend, &mut staging, &name, OPTIMIZER, arena, scale, None)?;
         }
     }
+    state.round(backend);
     Ok(())
 }
 

@@ -8,9 +8,10 @@
 //! [`Mut::split`]. What an asynchronous device adds (order between streams) is said by events.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::{DType, Result};
-use std::{fmt, marker::PhantomData, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc};
 
 /// The queues of a device. Ops run on [`Stream::Compute`]; collectives and copies may run beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +49,15 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn compute(&self) -> DType;
     /// Type of statistics that ops keep for backward (means, log-sum-exp, losses per row).
     fn statistics(&self) -> DType;
+    /// Type of the gradients of parameters.
+    fn gradient(&self) -> DType;
     /// Type in which gradients of micro-steps and ranks are summed.
     fn reduction(&self) -> DType;
+    /// Type of the copy of the weights that the optimizer updates; none where it updates the weights that the forward
+    /// pass reads.
+    fn master(&self) -> Option<DType>;
+    /// Type of the optimizer's moments.
+    fn moment(&self) -> DType;
 
     /// Allocates `bytes` of zeroed memory, aligned to [`ALIGNMENT`]. The error says how much was asked for.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
@@ -57,6 +65,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn address(&self, memory: &Self::Memory) -> Self::Address;
     /// Bytes allocated so far by this backend and still alive: constant while training.
     fn allocated(&self) -> usize;
+    /// Bytes that may be allocated now, as far as the system or the device can say.
+    fn available(&self) -> Result<usize>;
     /// Allocates zeroed host memory for asynchronous copies.
     fn host(&self, bytes: usize) -> Result<Self::Host>;
 
@@ -84,7 +94,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// to step is read from device memory). A device with graphs records it once and replays it afterwards; a CPU
     /// just calls it.
     fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
+
+    /// Returns the profile gathered so far, and goes on gathering or stops. None where there is none, as on devices
+    /// that have profilers of their own.
+    fn profile(&self, _go_on: bool) -> Option<Profile> {
+        None
+    }
 }
+
+/// Time spent in parallel regions, by file and line: how often, and seconds in all.
+pub type Profile = BTreeMap<(&'static str, u32), (u64, f64)>;
 
 /// Every tensor starts on a multiple of this many bytes.
 pub const ALIGNMENT: usize = 256;

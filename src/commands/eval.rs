@@ -2,9 +2,7 @@
 
 use super::{print_json, show};
 use crate::{
-    DType, Error, Result,
-    backend::cpu::Cpu,
-    config::Device,
+    Error, Result,
     data::{
         Dataset, RowData, TokenData, Tokenizer,
         dataset::{BatchRules, DATASET_FILE, DatasetOptions},
@@ -14,7 +12,7 @@ use crate::{
     model::{MicroBatch, spec::Spec},
     ops::Ops,
     report::progress::{Unit, WorkProgress},
-    run::{self, Evaluation, Model},
+    run::{self, Evaluation, Model, Work},
     upscale::Origin,
 };
 use std::path::{Path, PathBuf};
@@ -38,12 +36,8 @@ pub struct Args {
     /// Sequences (rows) computed at a time
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    /// Where to compute
-    #[arg(long, default_value = "auto")]
-    device: Device,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: super::PlaceArgs,
     /// Print the result as JSON: loss (nats per token), perplexity, tokens
     #[arg(long)]
     json: bool,
@@ -62,20 +56,29 @@ enum Part {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    run::check_device(args.device)?;
     if args.batch == 0 || args.batch > MAX_BATCH {
         return Err(Error::config("--batch", args.batch, format!("must be between 1 and {MAX_BATCH}")));
     }
     let origin = Origin::open(&run::checkpoint_path(&args.checkpoint)?)?;
-    let result = match origin.dtype()? {
-        DType::F64 => evaluate(Cpu::<f64>::new(args.threads)?, &origin, &args)?,
-        _ => evaluate(Cpu::<f32>::new(args.threads)?, &origin, &args)?,
-    };
+    let result = args.place.for_weights(origin.dtype()?).run(Evaluating { origin: &origin, args: &args })?;
     if args.json {
         return print_json(&result);
     }
     say!("loss {:.6} nats, perplexity {:.4}, {} tokens", result.loss, result.perplexity, result.tokens)?;
     Ok(())
+}
+
+struct Evaluating<'a> {
+    origin: &'a Origin,
+    args: &'a Args,
+}
+
+impl Work for Evaluating<'_> {
+    type Output = Evaluation;
+
+    fn on<B: Ops>(self, backend: B) -> Result<Evaluation> {
+        evaluate(backend, self.origin, self.args)
+    }
 }
 
 fn evaluate<B: Ops>(backend: B, origin: &Origin, args: &Args) -> Result<Evaluation> {
@@ -97,8 +100,7 @@ fn evaluate<B: Ops>(backend: B, origin: &Origin, args: &Args) -> Result<Evaluati
                 );
                 return Err(Error::file(&args.data, why));
             }
-            let dtype = backend.compute();
-            Box::new(RowSamples::new(rows.clone(), Some(rows), micro, None, dtype)?)
+            Box::new(RowSamples::new(rows.clone(), Some(rows), micro, None)?)
         }
     };
     let model = Model::load(backend, origin)?;

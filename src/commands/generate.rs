@@ -2,14 +2,12 @@
 
 use super::print_json;
 use crate::{
-    DType, Error, Result,
-    backend::cpu::Cpu,
-    config::Device,
+    Error, Result,
     data::Tokenizer,
     model::{Network, decoder::Generator},
     ops::Ops,
     rng,
-    run::{self, Model},
+    run::{self, Model, Work},
     upscale::Origin,
 };
 use std::path::PathBuf;
@@ -40,19 +38,14 @@ pub struct Args {
     /// The tokenizer, if the checkpoint carries none: a tokenizer.json, or bytes
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, default_value = "auto")]
-    device: Device,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: super::PlaceArgs,
     /// Print prompt and text as JSON when done, instead of the text as it comes
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    run::check_device(args.device)?;
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", args.temperature, "must be 0 or a positive number"));
     }
@@ -64,9 +57,21 @@ pub fn run(args: Args) -> Result<()> {
         Some(path) => Tokenizer::load(path)?,
         None => run::tokenizer(&origin)?,
     };
-    match origin.dtype()? {
-        DType::F64 => generate(Cpu::<f64>::new(args.threads)?, &origin, &tokenizer, &args),
-        _ => generate(Cpu::<f32>::new(args.threads)?, &origin, &tokenizer, &args),
+    let place = args.place.for_weights(origin.dtype()?);
+    place.run(Generating { origin: &origin, tokenizer: &tokenizer, args: &args })
+}
+
+struct Generating<'a> {
+    origin: &'a Origin,
+    tokenizer: &'a Tokenizer,
+    args: &'a Args,
+}
+
+impl Work for Generating<'_> {
+    type Output = ();
+
+    fn on<B: Ops>(self, backend: B) -> Result<()> {
+        generate(backend, self.origin, self.tokenizer, self.args)
     }
 }
 

@@ -9,14 +9,21 @@ macro_rules! say {
 
 mod bench;
 mod data;
+mod doctor;
 mod eval;
 mod generate;
 mod inspect;
 mod quickstart;
+mod selftest;
 mod train;
 mod upscale;
 
-use crate::{Error, Result, report::progress::Show};
+use crate::{
+    DType, Error, Result,
+    config::{Device, Precision},
+    report::progress::Show,
+    run::Place,
+};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::{
     fmt::Display,
@@ -54,6 +61,10 @@ enum Command {
     /// Measure speed
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Show what this machine offers: GPUs, driver, libraries; what is missing, and the fix
+    Doctor(doctor::Args),
+    /// Check that a GPU computes what the CPU does
+    Selftest(selftest::Args),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -88,6 +99,8 @@ impl Args {
             Command::Inspect(args) => inspect::run(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
+            Command::Doctor(args) => doctor::run(args),
+            Command::Selftest(args) => selftest::run(args),
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut script);
@@ -101,6 +114,34 @@ impl Args {
 fn print(text: impl Display) -> Result<()> {
     let mut out = io::stdout().lock();
     write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("write", "standard output"))
+}
+
+/// Where to compute, as options of a command.
+#[derive(clap::Args)]
+struct PlaceArgs {
+    /// Where to compute
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Type to compute in
+    #[arg(long, default_value = "auto")]
+    precision: Precision,
+    /// CPU threads; 0: all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+impl PlaceArgs {
+    /// The place for weights that are stored in this type: `auto` means f64 for f64.
+    fn for_weights(&self, stored: DType) -> Place {
+        let f64_as_stored = self.precision == Precision::Auto && stored == DType::F64 && self.device != Device::Cuda;
+        let precision = if f64_as_stored { Precision::F64 } else { self.precision };
+        Place { precision, ..self.place() }
+    }
+
+    /// The place as it was asked for.
+    fn place(&self) -> Place {
+        Place { device: self.device, precision: self.precision, threads: self.threads, eager: false }
+    }
 }
 
 /// Prints a value as JSON on standard output.

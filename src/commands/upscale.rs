@@ -3,13 +3,13 @@
 use super::print_json;
 use crate::{
     DType, Error, Result,
-    backend::cpu::{Cpu, Real},
     checkpoint::{CONFIG, STATE, Writer},
-    config::{Moments, NoiseKind, UpscaleConfig},
+    config::{Device, Moments, NoiseKind, Precision, UpscaleConfig},
     data::dataset::TOKENIZER_FILE,
     model::{self, plan::Plan},
+    ops::Ops,
     report::human,
-    run,
+    run::{self, Place, Work},
     state::{Meaning, Position, Progress, State},
     upscale::{self, Growth, Origin},
 };
@@ -83,6 +83,9 @@ pub struct Args {
     /// Replace the output if it exists
     #[arg(long)]
     force: bool,
+    /// Where to compute
+    #[arg(long, default_value = "auto")]
+    device: Device,
     /// CPU threads; 0: all cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -110,10 +113,10 @@ pub fn run(args: Args) -> Result<()> {
     let growth = Growth::new(&origin.meaning, &args.growth.into())?;
     let start = std::time::Instant::now();
     let writer = Writer::create(&args.out, args.force)?;
-    let wide = match origin.dtype()? {
-        DType::F64 => write(&Cpu::<f64>::new(args.threads)?, &origin, &growth, args.moments, writer)?,
-        _ => write(&Cpu::<f32>::new(args.threads)?, &origin, &growth, args.moments, writer)?,
-    };
+    // Weights are written as they are stored: f32, or f64 as the base has them.
+    let precision = if origin.dtype()? == DType::F64 { Precision::F64 } else { Precision::F32 };
+    let place = Place { device: args.device, precision, threads: args.threads, eager: false };
+    let wide = place.run(Widening { origin: &origin, growth: &growth, moments: args.moments, writer })?;
     let outcome = Outcome {
         checkpoint: args.out,
         parameters: model::table(&wide.spec, &wide.scaling).parameters(),
@@ -134,17 +137,29 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Widens into a state on the CPU, by the code that `train` uses, and writes that.
-fn write<F: Real>(
-    backend: &Cpu<F>,
+struct Widening<'a> {
+    origin: &'a Origin,
+    growth: &'a Growth,
+    moments: Moments,
+    writer: Writer,
+}
+
+impl Work for Widening<'_> {
+    type Output = Meaning;
+
+    fn on<B: Ops>(self, backend: B) -> Result<Meaning> {
+        write(&backend, self.origin, self.growth, self.moments, self.writer)
+    }
+}
+
+/// Widens into a state on a device, by the code that `train` uses, and writes that.
+fn write<B: Ops>(
+    backend: &B,
     origin: &Origin,
     growth: &Growth,
     moments: Moments,
     mut writer: Writer,
-) -> Result<Meaning>
-where
-    Cpu<F>: crate::ops::Ops,
-{
+) -> Result<Meaning> {
     let wide = upscale::meaning(&origin.meaning, Some(growth))?;
     let table = model::table(&wide.spec, &wide.scaling);
     let optimizer = (moments == Moments::Keep && origin.has_moments()).then_some(&wide.optimizer);

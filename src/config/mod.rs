@@ -33,9 +33,12 @@ pub struct Config {
     /// CPU threads; 0: all cores.
     #[serde(default)]
     pub threads: usize,
-    /// Type that the CPU computes in.
+    /// Type of activations and of the weights that they are computed from.
     #[serde(default)]
     pub precision: Precision,
+    /// On a GPU, launch every kernel by itself instead of replaying recorded steps: slower, the same numbers.
+    #[serde(default)]
+    pub eager: bool,
     /// Seed of initial values and, unless given there, of the data order.
     #[serde(default = "one")]
     pub seed: u64,
@@ -90,12 +93,17 @@ pub enum Device {
     Cuda,
 }
 
-/// Type of weights, activations and moments on the CPU.
+/// Type of activations and of the weights that they are computed from. (On a GPU, gradients of parameters, the weights
+/// that the optimizer updates, and its moments are f32 with either type.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// 32-bit floats.
+    /// bf16 on a GPU, f32 on a CPU.
     #[default]
+    Auto,
+    /// 16-bit floats with f32's range, on GPUs only.
+    Bf16,
+    /// 32-bit floats.
     F32,
     /// 64-bit floats: for proofs.
     F64,

@@ -3,6 +3,7 @@
 use crate::{
     DType, Error, Result,
     backend::{ALIGNMENT, Backend, Tensor},
+    machine::size,
 };
 use std::fmt;
 
@@ -63,16 +64,6 @@ impl fmt::Display for Plan {
 /// Bytes of a tensor, its border counted; saturated, so that what no machine can address is too large for this one.
 fn bytes_of(dtype: DType, len: usize) -> usize {
     len.checked_mul(dtype.size()).and_then(|bytes| bytes.checked_next_multiple_of(ALIGNMENT)).unwrap_or(usize::MAX)
-}
-
-/// Bytes for people.
-pub fn size(bytes: usize) -> String {
-    match bytes {
-        0..0x400 => format!("{bytes} B"),
-        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64),
-        _ => format!("{:.2} GiB", bytes as f64 / (1 << 30) as f64),
-    }
 }
 
 /// The tensors of a committed plan, to be taken once each.

@@ -1,5 +1,10 @@
 //! Linear layers: y = x · Wᵀ + b.
 
+mod column_sums;
+mod cuda;
+
+pub(super) use column_sums::column_sums;
+
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{

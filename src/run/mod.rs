@@ -8,19 +8,16 @@
 //! ```
 
 mod model;
+mod place;
 mod prepare;
 mod session;
 
 pub use model::{Evaluation, Model, tokenizer};
+pub use place::{Place, Work};
 pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
 pub use session::{Outcome, train};
 
-use crate::{
-    Error, Result,
-    backend::cpu::Cpu,
-    config::{Device, Precision},
-    report::progress::Show,
-};
+use crate::{Result, config::Config, ops::Ops, report::progress::Show};
 use std::path::{Path, PathBuf};
 
 /// File names in a run folder.
@@ -39,21 +36,21 @@ pub fn resume(run: &Path, sets: &[String], show: Show) -> Result<Outcome> {
 }
 
 fn start(prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
-    check_device(prepared.config.device)?;
-    let threads = prepared.config.threads;
-    match prepared.config.precision {
-        Precision::F32 => train(Cpu::<f32>::new(threads)?, prepared, force, show),
-        Precision::F64 => train(Cpu::<f64>::new(threads)?, prepared, force, show),
-    }
+    let Config { device, precision, threads, eager, .. } = prepared.config;
+    Place { device, precision, threads, eager }.run(Training { prepared, force, show })
 }
 
-/// Refuses a device that this build cannot use.
-pub fn check_device(device: Device) -> Result<()> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(()),
-        Device::Cuda => {
-            Err(Error::Device("device = cuda: this version has no CUDA backend; use --device cpu (or auto)".into()))
-        }
+struct Training {
+    prepared: Prepared,
+    force: bool,
+    show: Show,
+}
+
+impl Work for Training {
+    type Output = Outcome;
+
+    fn on<B: Ops>(self, backend: B) -> Result<Outcome> {
+        train(backend, self.prepared, self.force, self.show)
     }
 }
 

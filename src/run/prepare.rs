@@ -2,9 +2,9 @@
 
 use super::{CONFIG_FILE, checkpoint_path};
 use crate::{
-    DType, Error, Result,
+    Error, Result,
     checkpoint::Store,
-    config::{self, Config, ConfigText, DataConfig, DataShape, Moments, Order, Precision, resolve_model},
+    config::{self, Config, ConfigText, DataConfig, DataShape, Moments, Order, resolve_model},
     data::{
         Dataset, RowData,
         dataset::{BatchRules, DATASET_FILE, DatasetOptions, TOKENIZER_FILE},
@@ -119,8 +119,8 @@ pub fn prepare_resume(run: &Path, sets: &[String]) -> Result<Prepared> {
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {
-    const ALLOWED: [&str; 8] =
-        ["threads", "device", "on_nan", "checkpoint", "validation", "memory", "run", "data.path"];
+    const ALLOWED: [&str; 9] =
+        ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "run", "data.path"];
     for set in sets {
         let key = set.split('=').next().unwrap_or_default().trim();
         if !ALLOWED.iter().any(|a| key == *a || key.starts_with(&format!("{a}."))) {
@@ -225,10 +225,7 @@ impl Data {
                 };
                 Box::new(TokenSamples::new(dataset.train, dataset.val, micro, seed, rules)?)
             }
-            Self::Rows { train, held_out } => {
-                let dtype = if config.precision == Precision::F64 { DType::F64 } else { DType::F32 };
-                Box::new(RowSamples::new(train, held_out, micro, seed, dtype)?)
-            }
+            Self::Rows { train, held_out } => Box::new(RowSamples::new(train, held_out, micro, seed)?),
         })
     }
 }

@@ -7,12 +7,8 @@ use crate::{
     comm::Solo,
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
-    machine,
-    model::{
-        Network,
-        decoder::Recompute,
-        plan::{Plan, size},
-    },
+    machine::{self, size},
+    model::{Network, decoder::Recompute, plan::Plan},
     ops::Ops,
     report::{
         metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
@@ -84,13 +80,13 @@ pub fn train<B: Ops>(backend: B, prepared: Prepared, force: bool, show: Show) ->
 fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> Result<Recompute> {
     let network = Network::new(backend, &meaning.spec, &meaning.scaling)?;
     let limit = match config.memory.limit {
-        0 => machine::available_memory().map_or(usize::MAX, |bytes| bytes / 5 * 4),
+        0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
     let need = |recompute, samples: usize| {
         let mut plan = Plan::default();
         State::plan(backend, &mut plan, network.table(), Some(&meaning.optimizer));
-        plan.reserve("gradients", backend.compute(), network.table().arena);
+        plan.reserve("gradients", backend.gradient(), network.table().arena);
         let micro = crate::model::MicroBatch { samples, ..micro_batch(config, &meaning.spec) };
         network.plan(backend, &mut plan, micro, Some(recompute));
         plan.bytes()

@@ -113,8 +113,20 @@ impl<F: Real> Backend for Cpu<F> {
         F::DTYPE
     }
 
+    fn gradient(&self) -> DType {
+        F::DTYPE
+    }
+
     fn reduction(&self) -> DType {
         DType::F64
+    }
+
+    fn master(&self) -> Option<DType> {
+        None
+    }
+
+    fn moment(&self) -> DType {
+        F::DTYPE
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {
@@ -137,6 +149,11 @@ impl<F: Real> Backend for Cpu<F> {
 
     fn allocated(&self) -> usize {
         self.allocated.load(Ordering::Relaxed)
+    }
+
+    fn available(&self) -> Result<usize> {
+        // The rest is for the page cache, which the data are read through.
+        Ok(crate::machine::available_memory().map_or(usize::MAX, |bytes| bytes / 5 * 4))
     }
 
     fn host(&self, bytes: usize) -> Result<Vec<u8>> {
@@ -178,6 +195,10 @@ impl<F: Real> Backend for Cpu<F> {
 
     fn captured(&self, (): &mut (), work: impl FnOnce() -> Result<()>) -> Result<()> {
         work()
+    }
+
+    fn profile(&self, go_on: bool) -> Option<super::Profile> {
+        self.pool.profile(go_on)
     }
 }
 

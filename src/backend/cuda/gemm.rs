@@ -1,0 +1,267 @@
+//! Matrix products by cuBLASLt.
+//!
+//! cuBLASLt's matrices are column-major. A row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ over the same memory, so the
+//! operands change places. A shape's algorithm is the first one that the library's heuristic offers, among those whose
+//! sums have a fixed order; it is chosen at the shape's first use and kept. Products of f32 never use TF32.
+#![allow(unsafe_code, reason = "calls cuBLASLt")]
+
+use super::{Cuda, library};
+use crate::{
+    DType, Error, Result,
+    backend::{Mut, Ref, Stream},
+};
+use cudarc::cublaslt::{
+    result::CublasError,
+    sys::{self, cublasLtMatmulDescAttributes_t as Desc, cublasLtMatmulPreferenceAttributes_t as Preference},
+};
+use std::{collections::HashMap, ffi::c_void, ptr};
+
+/// Bytes that an algorithm may use beside its operands; NVIDIA's advice for Hopper.
+pub(super) const WORKSPACE: usize = 32 << 20;
+
+/// An operand: a row-major matrix in memory, perhaps taken transposed.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// From its first element to its last.
+    pub view: Ref<'a, Cuda>,
+    /// Elements from one row in memory to the next.
+    pub stride: usize,
+    /// Whether the product takes its transpose.
+    pub transposed: bool,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix with this many elements from row to row.
+    pub fn new(view: Ref<'a, Cuda>, stride: usize) -> Self {
+        Self { view, stride, transposed: false }
+    }
+
+    /// Its transpose.
+    pub fn transposed(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+}
+
+/// What a product is, apart from where its operands lie: the key of an algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    /// Rows and columns of C, and the length of the sums.
+    size: [usize; 3],
+    strides: [usize; 3],
+    transposed: [bool; 2],
+    types: [DType; 3],
+    bias: bool,
+    adds: bool,
+}
+
+/// The library's handle and the products prepared so far.
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    prepared: HashMap<Shape, Prepared>,
+}
+
+// SAFETY: a handle may be used from any thread; the descriptors lie behind this value's lock.
+unsafe impl Send for Products {}
+
+/// Descriptors and algorithm of a product.
+struct Prepared {
+    product: sys::cublasLtMatmulDesc_t,
+    /// Of B, A and C: the order of the library's operands.
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+macro_rules! lt {
+    ($call:ident ( $($argument:expr),* $(,)? )) => {
+        // SAFETY: argued at each use.
+        check(unsafe { sys::$call($($argument),*) }, stringify!($call))
+    };
+}
+
+fn check(status: sys::cublasStatus_t, call: &str) -> Result<()> {
+    status.result().map_err(|CublasError(status)| Error::Device(format!("{call}: cuBLASLt says {status:?}")))
+}
+
+impl Products {
+    pub(super) fn new() -> Result<Self> {
+        library::require(library::CUBLASLT)?;
+        let mut handle = ptr::null_mut();
+        // A plain out-parameter; the context is current.
+        lt!(cublasLtCreate(&mut handle))?;
+        Ok(Self { handle, prepared: HashMap::new() })
+    }
+
+    fn prepare(&mut self, shape: Shape) -> Result<&Prepared> {
+        if !self.prepared.contains_key(&shape) {
+            let prepared = Prepared::new(self.handle, shape)?;
+            self.prepared.insert(shape, prepared);
+        }
+        Ok(&self.prepared[&shape])
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        self.prepared.clear();
+        // Created by `new`, dropped once.
+        let _ = lt!(cublasLtDestroy(self.handle));
+    }
+}
+
+fn data_type(dtype: DType) -> sys::cudaDataType_t {
+    match dtype {
+        DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        other => panic!("products of {other}"),
+    }
+}
+
+impl Prepared {
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Self> {
+        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
+        let mut product = ptr::null_mut();
+        lt!(cublasLtMatmulDescCreate(&mut product, compute, scale))?;
+        // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
+        describe(product, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &i32::from(shape.transposed[1]))?;
+        describe(product, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &i32::from(shape.transposed[0]))?;
+        if shape.bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            describe(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            // The heuristic looks at the pointer's alignment only.
+            describe(product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &(crate::backend::ALIGNMENT as u64))?;
+        }
+        let [m, n, k] = shape.size;
+        // As the library sees it: rows and columns of the memory's columns-first reading.
+        let read = |transposed, rows, columns| if transposed { (rows, columns) } else { (columns, rows) };
+        let sizes = [read(shape.transposed[1], k, n), read(shape.transposed[0], m, k), (n, m)];
+        let mut layouts = [ptr::null_mut(); 3];
+        for (i, operand) in [1, 0, 2].into_iter().enumerate() {
+            let (dtype, (rows, columns)) = (data_type(shape.types[operand]), sizes[i]);
+            let stride = shape.strides[operand] as i64;
+            lt!(cublasLtMatrixLayoutCreate(&mut layouts[i], dtype, rows as u64, columns as u64, stride))?;
+        }
+        let algorithm = choose(handle, product, layouts).map_err(|error| {
+            Error::Device(format!("{error}: no algorithm for the product {m} x {n} x {k} of {:?}", shape.types))
+        });
+        let mut prepared = Self { product, layouts, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
+        prepared.algorithm = algorithm?;
+        Ok(prepared)
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        for layout in self.layouts {
+            let _ = lt!(cublasLtMatrixLayoutDestroy(layout));
+        }
+        let _ = lt!(cublasLtMatmulDescDestroy(self.product));
+    }
+}
+
+fn describe<T>(product: sys::cublasLtMatmulDesc_t, attribute: Desc, value: &T) -> Result<()> {
+    // The library copies as many bytes as the attribute has from the value.
+    lt!(cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>()))
+}
+
+/// The heuristic's first algorithm, among those that add in a fixed order: split sums are added by a second pass, never
+/// in place.
+fn choose(
+    handle: sys::cublasLtHandle_t,
+    product: sys::cublasLtMatmulDesc_t,
+    [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
+) -> Result<sys::cublasLtMatmulAlgo_t> {
+    use sys::cublasLtReductionScheme_t as Reduction;
+    let mut preference = ptr::null_mut();
+    lt!(cublasLtMatmulPreferenceCreate(&mut preference))?;
+    let prefer = |attribute, value: *const c_void, size| {
+        lt!(cublasLtMatmulPreferenceSetAttribute(preference, attribute, value, size))
+    };
+    let fixed = Reduction::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32
+        | Reduction::CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE as u32;
+    let chosen = prefer(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ptr::from_ref(&WORKSPACE).cast(), 8)
+        .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ptr::from_ref(&fixed).cast(), 4))
+        .and_then(|()| {
+            let mut found = [const { std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit() }; 1];
+            let (to, mut count) = (found[0].as_mut_ptr(), 0);
+            lt!(cublasLtMatmulAlgoGetHeuristic(handle, product, a, b, c, c, preference, 1, to, &mut count))?;
+            if count == 0 {
+                return Err(Error::Device("cublasLtMatmulAlgoGetHeuristic: none found".into()));
+            }
+            // SAFETY: the library wrote as many results as it counted.
+            let found = unsafe { found[0].assume_init() };
+            check(found.state, "cublasLtMatmulAlgoGetHeuristic").map(|()| found.algo)
+        });
+    let _ = lt!(cublasLtMatmulPreferenceDestroy(preference));
+    chosen
+}
+
+impl Cuda {
+    /// c = alpha · a · b + beta · c (+ bias, one number for each column of c). `size` is c's rows and columns, and the
+    /// length of the sums; c has `stride` elements from row to row. Sums are f32, whatever the operands.
+    pub(crate) fn gemm(
+        &self,
+        (c, stride): (Mut<'_, Self>, usize),
+        a: Matrix<'_>,
+        b: Matrix<'_>,
+        size: [usize; 3],
+        (alpha, beta): (f64, f64),
+        bias: Option<Ref<'_, Self>>,
+    ) {
+        self.note(self.try_gemm((c, stride), a, b, size, (alpha as f32, beta as f32), bias));
+    }
+
+    fn try_gemm(
+        &self,
+        (c, stride): (Mut<'_, Self>, usize),
+        a: Matrix<'_>,
+        b: Matrix<'_>,
+        size: [usize; 3],
+        (alpha, beta): (f32, f32),
+        bias: Option<Ref<'_, Self>>,
+    ) -> Result<()> {
+        let [m, n, k] = size;
+        let needed = |matrix: Matrix, rows: usize, columns: usize| {
+            let (rows, columns) = if matrix.transposed { (columns, rows) } else { (rows, columns) };
+            (rows - 1) * matrix.stride + columns
+        };
+        assert!(a.view.len() >= needed(a, m, k) && b.view.len() >= needed(b, k, n), "operands of {size:?}");
+        assert!(c.len() >= needed(Matrix::new(c.as_ref(), stride), m, n), "result of {size:?}");
+        assert!(bias.is_none_or(|bias| bias.len() >= n && bias.dtype() == c.dtype()), "bias of {size:?}");
+        let shape = Shape {
+            size,
+            strides: [a.stride, b.stride, stride],
+            transposed: [a.transposed, b.transposed],
+            types: [a.view.dtype(), b.view.dtype(), c.dtype()],
+            bias: bias.is_some(),
+            adds: beta != 0.0,
+        };
+        self.bind()?;
+        let mut products = self.products();
+        let handle = products.handle;
+        let Prepared { product, layouts, algorithm } = products.prepare(shape)?;
+        if let Some(bias) = bias {
+            describe(*product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.address().0)?;
+        }
+        let result = c.address().0 as *mut c_void;
+        // The descriptors are those of these operands, whose lengths were checked; alpha and beta are read before the
+        // call returns; the workspace belongs to the compute stream.
+        lt!(cublasLtMatmul(
+            handle,
+            *product,
+            ptr::from_ref(&alpha).cast(),
+            b.view.address().0 as *const c_void,
+            layouts[0],
+            a.view.address().0 as *const c_void,
+            layouts[1],
+            ptr::from_ref(&beta).cast(),
+            result,
+            layouts[2],
+            result,
+            layouts[2],
+            algorithm,
+            self.product_workspace() as *mut c_void,
+            WORKSPACE,
+            self.queue(Stream::Compute).raw as sys::cudaStream_t
+        ))
+    }
+}

@@ -1,0 +1,72 @@
+//! Recording the work of a step once, and replaying it: one call instead of a thousand launches.
+#![allow(unsafe_code, reason = "captures streams")]
+
+use super::{Cuda, driver::cuda};
+use crate::{Result, backend::Stream};
+use cudarc::driver::sys;
+use std::ptr;
+
+/// Work to be replayed. The first run is eager, and brings everything into being that work needs (functions, algorithms,
+/// scratch memory); the second is recorded; later ones replay it.
+#[derive(Default)]
+pub enum Graph {
+    /// Not run yet.
+    #[default]
+    New,
+    /// Ran once.
+    Warm,
+    /// Recorded.
+    Ready(Recorded),
+}
+
+/// A graph that the driver can launch.
+pub struct Recorded(sys::CUgraphExec);
+
+// SAFETY: a graph may be launched from any thread, by one at a time: launching takes `&mut Graph`.
+unsafe impl Send for Recorded {}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // SAFETY: instantiated once, dropped once; launches under way finish first.
+        let _ = cuda!(cuGraphExecDestroy(self.0));
+    }
+}
+
+impl Cuda {
+    /// See [`crate::backend::Backend::captured`].
+    pub(super) fn replay(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.bind()?;
+        match graph {
+            _ if self.options().eager => return work(),
+            Graph::New => {
+                work()?;
+                *graph = Graph::Warm;
+                return Ok(());
+            }
+            Graph::Warm => *graph = Graph::Ready(self.record_graph(work)?),
+            Graph::Ready(_) => {}
+        }
+        let Graph::Ready(recorded) = graph else { unreachable!("recorded above") };
+        // SAFETY: a live graph and a live stream.
+        cuda!(cuGraphLaunch(recorded.0, self.queue(Stream::Compute).raw))
+    }
+
+    fn record_graph(&self, work: impl FnOnce() -> Result<()>) -> Result<Recorded> {
+        let stream = self.queue(Stream::Compute).raw;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a live stream that is not being captured.
+        cuda!(cuStreamBeginCapture_v2(stream, mode))?;
+        let worked = work().and_then(|()| self.fault());
+        let mut graph = ptr::null_mut();
+        // SAFETY: the capture begun above; ended also when the work failed, so that the stream can be used again.
+        let ended = cuda!(cuStreamEndCapture(stream, &mut graph));
+        worked.and(ended)?;
+        let mut recorded = ptr::null_mut();
+        // SAFETY: a captured graph; a plain out-parameter.
+        let instantiated = cuda!(cuGraphInstantiateWithFlags(&mut recorded, graph, 0));
+        // SAFETY: the graph is not needed once it is instantiated.
+        let destroyed = cuda!(cuGraphDestroy(graph));
+        instantiated.and(destroyed)?;
+        Ok(Recorded(recorded))
+    }
+}

@@ -1,0 +1,74 @@
+//! Where a command computes: from what the user asked for to a backend.
+
+use crate::{
+    DType, Error, Result,
+    backend::{
+        cpu::Cpu,
+        cuda::{self, Cuda, library},
+    },
+    config::{Device, Precision},
+    ops::Ops,
+};
+
+/// What a command was asked to compute on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place {
+    /// `auto`, `cpu` or `cuda`.
+    pub device: Device,
+    /// Type of activations and of the weights that they are computed from.
+    pub precision: Precision,
+    /// CPU threads; 0: all cores.
+    pub threads: usize,
+    /// On a GPU, launch every kernel by itself.
+    pub eager: bool,
+}
+
+/// Something to do on any backend.
+pub trait Work {
+    /// What it gives.
+    type Output;
+    /// Does it.
+    fn on<B: Ops>(self, backend: B) -> Result<Self::Output>;
+}
+
+impl Place {
+    /// Does something on the backend that this place means.
+    pub fn run<W: Work>(self, work: W) -> Result<W::Output> {
+        if self.on_gpu()? {
+            return Err(Error::Device("the ops of the CUDA backend are not all here yet".into()));
+        }
+        match self.precision {
+            Precision::Auto | Precision::F32 => work.on(Cpu::<f32>::new(self.threads)?),
+            Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
+            Precision::Bf16 => {
+                Err(Error::config("precision", "bf16", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda"))
+            }
+        }
+    }
+
+    /// The GPU.
+    pub fn gpu(self) -> Result<Cuda> {
+        let compute = match self.precision {
+            Precision::Auto | Precision::Bf16 => DType::BF16,
+            Precision::F32 => DType::F32,
+            Precision::F64 => {
+                return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
+            }
+        };
+        Cuda::new(cuda::Options { ordinal: 0, compute, eager: self.eager })
+    }
+
+    /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an
+    /// error even so, as nobody wants to find out after a day that the CPU was busy.
+    fn on_gpu(self) -> Result<bool> {
+        match self.device {
+            Device::Cpu => Ok(false),
+            Device::Cuda => Ok(true),
+            // Proofs in f64 are for the CPU.
+            Device::Auto if self.precision == Precision::F64 => Ok(false),
+            Device::Auto => {
+                Ok(library::require(library::DRIVER).is_ok() && cuda::driver::devices().is_ok_and(|count| count > 0))
+            }
+        }
+    }
+}
