@@ -46,6 +46,7 @@
 #define gridDim (emulator::grid_dim)
 #define __device__
 #define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
 #define __builtin_assume(x) ((void)0)
 

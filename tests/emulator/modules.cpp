@@ -9,6 +9,7 @@
 namespace driver {
 
 struct Module {
+    Device* device;
     Image image;
 };
 struct Function {
@@ -68,7 +69,7 @@ using namespace driver;
 
 EXPORT int cuModuleLoadDataEx(void** module, const void* bytes, unsigned, int*, void**) {
     ENTER(UNCAPTURED);
-    Module made;
+    Module made{current, {}};
     int error = read_image(bytes, settings().major * 10 + settings().minor, settings().version, made.image);
     if (!error) *module = new Module(std::move(made));
     return error;
@@ -86,6 +87,7 @@ EXPORT int cuModuleUnload(void* module) {
 EXPORT int cuModuleGetFunction(void** handle, void* module_handle, const char* name) {
     ENTER(CONTEXT);
     Module* module = static_cast<Module*>(module_handle);
+    if (!module) return INVALID_HANDLE;
     if (!module->image.has(name)) return NOT_FOUND;
     const emulator::Kernel* kernel = emulator::find_kernel(name);
     if (!kernel) {
@@ -137,7 +139,7 @@ EXPORT int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, u
                           unsigned dynamic, void* stream, void** parameters, void** extra) {
     ENTER(CONTEXT);
     const Function* function = static_cast<Function*>(handle);
-    if (!function) return INVALID_HANDLE;
+    if (!function || function->module->device != stream_of(stream)->device) return INVALID_HANDLE;
     dim3 grid(gx, gy, gz), block(bx, by, bz);
     log_line(describe(function->kernel->name, grid, block, dynamic));
     bool sizes = grid.volume() && block.volume() && gx <= 0x7fffffff && gy <= 65535 && gz <= 65535 && bz <= 64;

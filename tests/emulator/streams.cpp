@@ -200,7 +200,7 @@ EXPORT int cuEventRecord(void* handle, void* stream_handle) {
     ENTER(CONTEXT);
     Event* event = static_cast<Event*>(handle);
     Stream* stream = stream_of(stream_handle);
-    if (!is_live(stream) || event->device != stream->device) return INVALID_HANDLE;
+    if (!event || !is_live(stream) || event->device != stream->device) return INVALID_HANDLE;
     event->capture = stream->capture;
     event->nodes = stream->leaves;
     event->queries = 0;
@@ -211,7 +211,7 @@ EXPORT int cuStreamWaitEvent(void* stream_handle, void* handle, unsigned) {
     ENTER(CONTEXT);
     Event* event = static_cast<Event*>(handle);
     Stream* stream = stream_of(stream_handle);
-    if (!is_live(stream)) return INVALID_HANDLE;
+    if (!event || !is_live(stream)) return INVALID_HANDLE;
     if (!event->capture) {
         if (stream->capture) return event->work ? invalidate(*stream->capture, CAPTURE_ISOLATION) : SUCCESS;
         if (event->work) enqueue_join(stream, {event->work});
@@ -232,6 +232,7 @@ EXPORT int cuStreamWaitEvent(void* stream_handle, void* handle, unsigned) {
 EXPORT int cuEventSynchronize(void* handle) {
     ENTER(UNCAPTURED);
     Event* event = static_cast<Event*>(handle);
+    if (!event) return INVALID_HANDLE;
     if (event->capture) return CAPTURED_EVENT;
     finish(event->work);
     return current->sticky;
@@ -239,6 +240,7 @@ EXPORT int cuEventSynchronize(void* handle) {
 EXPORT int cuEventQuery(void* handle) {
     ENTER(UNCAPTURED);
     Event* event = static_cast<Event*>(handle);
+    if (!event) return INVALID_HANDLE;
     if (event->capture) return CAPTURED_EVENT;
     return question(event->work, event->queries);
 }
