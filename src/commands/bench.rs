@@ -3,15 +3,17 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, Preset, UpscaleBench},
+    bench::{self, Preset, TrainBench, UpscaleBench},
+    model::decoder::Recompute,
     report::human,
+    run::Place,
 };
 use std::path::PathBuf;
 
 /// Benchmarks.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Time a training step of a small GPT-2 on random tokens
+    /// Time a training step on random tokens
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
@@ -20,15 +22,23 @@ pub enum Command {
 /// Arguments of `bench train`.
 #[derive(clap::Args)]
 pub struct TrainArgs {
-    /// Model and device
-    #[arg(long, default_value = "cpu-w256")]
+    /// The model
+    #[arg(long, default_value = "w256")]
     preset: Preset,
-    /// Steps to time, after 3 that are not
+    /// Sequences of a micro-batch; 0: the preset's own
+    #[arg(long, default_value_t = 0)]
+    batch: usize,
+    /// Steps to time, after 5 that are not
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    /// What backward computes again
+    #[arg(long, default_value = "none")]
+    recompute: Recompute,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// On a GPU, launch every kernel by itself
+    #[arg(long)]
+    eager: bool,
     /// Measure where a step's time goes, too
     #[arg(long)]
     profile: bool,
@@ -55,9 +65,8 @@ pub struct UpscaleArgs {
     /// σ of the noise
     #[arg(long, value_name = "σ", default_value_t = 0.1)]
     noise: f64,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: super::PlaceArgs,
     /// Folder for the narrow checkpoint (1.5 GB by default), which is removed at the end; the system's temporary
     /// folder if left out
     #[arg(long, value_name = "DIR")]
@@ -75,7 +84,9 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn train(args: TrainArgs) -> Result<()> {
-    let speed = bench::train(args.preset, args.steps as usize, args.threads, args.profile)?;
+    let TrainArgs { preset, batch, steps, recompute, profile, .. } = args;
+    let bench = TrainBench { preset, batch, steps: steps as usize, recompute, profile };
+    let speed = bench::train(Place { eager: args.eager, ..args.place.place() }, bench)?;
     if args.json {
         return print_json(&speed);
     }
@@ -96,15 +107,15 @@ fn train(args: TrainArgs) -> Result<()> {
 }
 
 fn upscale(args: UpscaleArgs) -> Result<()> {
-    let speed = bench::upscale(&UpscaleBench {
+    let bench = UpscaleBench {
         width: args.width,
         layers: args.layers,
         vocab: args.vocab,
         times: args.times,
         noise: args.noise,
-        threads: args.threads,
         folder: args.folder.unwrap_or_else(std::env::temp_dir),
-    })?;
+    };
+    let speed = bench::upscale(args.place.place(), &bench)?;
     if args.json {
         return print_json(&speed);
     }

@@ -93,7 +93,7 @@ pub fn rounding(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 2f64.powi(-53),
         DType::F32 => 2f64.powi(-24),
-        DType::BF16 => 2f64.powi(-9),
+        DType::BF16 => 2f64.powi(-8),
         other => panic!("{other} has no rounding of ours"),
     }
 }
