@@ -49,8 +49,8 @@ static Body launch_body(const emulator::Kernel& kernel, dim3 grid, dim3 block, s
         for (size_t i = 0; i < kernel.parameters.size(); i++)
             pointers.push_back(const_cast<char*>(values.data()) + i * SLOT);
         check_parameters(kernel, pointers.data());
-        std::string failed = emulator::launch(kernel, grid, block, dynamic, pointers.data());
-        if (!failed.empty()) throw Fault{LAUNCH_FAILED, failed};
+        emulator::Failure failed = emulator::launch(kernel, grid, block, dynamic, pointers.data());
+        if (!failed.what.empty()) throw Fault{failed.access ? ILLEGAL_ADDRESS : LAUNCH_FAILED, failed.what};
     };
 }
 
@@ -67,16 +67,23 @@ static int active_blocks(const Function& function, int threads, size_t dynamic) 
 
 using namespace driver;
 
-EXPORT int cuModuleLoadDataEx(void** module, const void* bytes, unsigned, int*, void**) {
-    ENTER(UNCAPTURED);
+static int load(void** module, const void* bytes) {
     Module made{current, {}};
     int error = read_image(bytes, settings().major * 10 + settings().minor, settings().version, made.image);
     if (!error) *module = new Module(std::move(made));
     return error;
 }
-EXPORT int cuModuleLoadData(void** module, const void* bytes) { return cuModuleLoadDataEx(module, bytes, 0, nullptr, nullptr); }
+EXPORT int cuModuleLoadData(void** module, const void* bytes) {
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
+}
+EXPORT int cuModuleLoadDataEx(void** module, const void* bytes, unsigned, int*, void**) {
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
+}
 EXPORT int cuModuleLoadFatBinary(void** module, const void* bytes) {
-    return cuModuleLoadDataEx(module, bytes, 0, nullptr, nullptr);
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
 }
 EXPORT int cuModuleUnload(void* module) {
     ENTER(UNCAPTURED);

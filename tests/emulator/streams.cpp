@@ -135,14 +135,21 @@ int launch_graph(GraphExec& exec, Stream* stream) {
 
 using namespace driver;
 
-EXPORT int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
-    ENTER(CONTEXT);
+static Stream* create_stream(unsigned flags, int priority) {
     Stream* made = new Stream{current, flags, std::max(-5, std::min(0, priority)), nullptr, nullptr, {}};
     current->streams.push_back(made);
-    *stream = made;
+    return made;
+}
+EXPORT int cuStreamCreate(void** stream, unsigned flags) {
+    ENTER(CONTEXT);
+    *stream = create_stream(flags, 0);
     return SUCCESS;
 }
-EXPORT int cuStreamCreate(void** stream, unsigned flags) { return cuStreamCreateWithPriority(stream, flags, 0); }
+EXPORT int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+    ENTER(CONTEXT);
+    *stream = create_stream(flags, priority);
+    return SUCCESS;
+}
 EXPORT int cuStreamDestroy_v2(void* handle) {
     ENTER(INITIALIZED);
     Stream* stream = static_cast<Stream*>(handle);
@@ -259,8 +266,8 @@ EXPORT int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
 // For the stand-ins of other libraries (cublasLt): work on a stream with a copy of its argument, run with the text of
 // what went wrong to fill (at most 256 bytes); and a check of an operand.
 EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const void*, char*), const void* data, size_t n) {
-    ENTER(CONTEXT);
-    log_line(std::string("  ") + name);
+    Call call(name, CONTEXT);
+    if (call.error) return call.error;
     std::string copy(static_cast<const char*>(data), n);
     return enqueue(stream_of(stream), [=] {
         char failed[256] = "";

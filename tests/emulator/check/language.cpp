@@ -104,6 +104,14 @@ KERNEL(64, poisoned, (u32* out)) {
     fixed[threadIdx.x] = ((u32*)dynamic)[threadIdx.x] = 0;
 }
 
+// Reads this far behind static and dynamic shared memory.
+KERNEL(1, overrun, (u32* out, u32 fixed, u32 dynamic)) {
+    DYNAMIC_SHARED(bytes);
+    SHARED u32 at[48];
+    const u32* p = at;
+    out[0] = p[fixed] + bytes[dynamic];
+}
+
 // With `race`, the barrier between writing and reading is missing.
 KERNEL(64, reversal, (u32* out, u32 race)) {
     SHARED u32 at[64];
@@ -124,7 +132,7 @@ KERNEL(256, sums, (f32* out, const f32* x)) { out[threadIdx.x] = block_sum(x[thr
 
 std::string launch(const char* name, dim3 grid, dim3 block, size_t shared, auto... arguments) {
     void* pointers[] = {&arguments..., nullptr};
-    return emulator::launch(*emulator::find_kernel(name), grid, block, shared, pointers);
+    return emulator::launch(*emulator::find_kernel(name), grid, block, shared, pointers).what;
 }
 }  // namespace
 
@@ -240,6 +248,21 @@ TEST(blocks_find_poison_in_shared_memory) {
     std::vector<u32> out(192);
     EXPECT(launch("poisoned", 3, 64, 256, out.data()) == "");
     EXPECT(std::ranges::count(out, ~0u) == 192);
+}
+
+#ifdef __SANITIZE_ADDRESS__
+TEST(static_shared_memory_out_of_bounds) {
+    u32 out = 0;
+    launch("overrun", 1, 1, 100, &out, 48u, 99u);
+}
+TEST(dynamic_shared_memory_out_of_bounds) {
+    u32 out = 0;
+    launch("overrun", 1, 1, 100, &out, 47u, 100u);
+}
+#endif
+TEST(shared_memory_within_its_bounds) {
+    u32 out = 0;
+    EXPECT(launch("overrun", 1, 1, 100, &out, 47u, 99u) == "" && out == ~0u + 255);
 }
 
 TEST(a_seed_finds_a_race) {
