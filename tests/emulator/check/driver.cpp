@@ -286,6 +286,24 @@ TEST(a_graph_keeps_its_edges_alone, "STREAMS=lazy") {
     EXPECT(cuMemcpyDtoH_v2(read, b, 256) == 0 && read[0] == 0);
 }
 
+TEST(a_graph_within_a_graph, "STREAMS=lazy") {
+    Gpu gpu;
+    u32* at[4];
+    for (u32*& memory : at) memory = device<u32>(64);
+    void *inner = nullptr, *outer = nullptr, *exec = nullptr;
+    u32 read[64];
+    EXPECT(capture(gpu, at, true, &inner) == 0 && cuGraphInstantiateWithFlags(&exec, inner, 0) == 0);
+    // What is before the inner graph comes before it, and what is behind it after.
+    cuStreamBeginCapture_v2(gpu.one, 1);
+    cuMemsetD32Async(at[0], 1, 64, gpu.one);
+    EXPECT(cuGraphLaunch(exec, gpu.one) == 0);
+    enqueue_add(gpu, gpu.one, at[2], at[3], 5);
+    EXPECT(cuStreamEndCapture(gpu.one, &outer) == 0 && cuGraphInstantiateWithFlags(&exec, outer, 0) == 0);
+    EXPECT(cuGraphLaunch(exec, gpu.one) == 0 && cuStreamSynchronize(gpu.one) == 0);
+    u32 expected[] = {10, 11, 19, 14};
+    for (u32 i = 0; i < 4; i++) EXPECT(cuMemcpyDtoH_v2(read, at[i], 256) == 0 && read[63] == expected[i]);
+}
+
 TEST(captures_forbid_what_waits_or_allocates) {
     Gpu gpu;
     u32 *a = device<u32>(64), host[64];
