@@ -64,9 +64,9 @@ const TASK: usize = 1 << 14;
 /// Factor on the first moment.
 const MOMENTUM: f64 = 0.95;
 /// Newton-Schulz steps.
-const STEPS: usize = 5;
+pub(crate) const STEPS: usize = 5;
 /// a, b, c of a step.
-const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
+pub(crate) const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
 impl<F: Real> Muon for Cpu<F> {
     fn muon(

@@ -4,7 +4,12 @@
 //! each element's difference must be within a bound that follows from the type's rounding and from what is summed.
 
 mod agreement;
+mod expand;
+mod gradient;
+mod head;
 mod linear;
+mod muon;
+mod optimizer;
 
 pub use agreement::{Agreement, Row};
 
@@ -13,7 +18,14 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by the op's name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 1] = [("linear", linear::check)];
+const CHECKS: [(&str, Check); 6] = [
+    ("linear", linear::check),
+    ("expand", expand::check),
+    ("gradient", gradient::check),
+    ("head", head::check),
+    ("muon", muon::check),
+    ("optimizer", optimizer::check),
+];
 
 /// Compares the ops whose name contains `only`.
 pub fn ops(cuda: &Cuda, only: &str) -> Result<Vec<Row>> {
