@@ -309,7 +309,8 @@ Votes barrier(int vote, unsigned line) {
 
 void copy_async(void* shared, const void* global, bool valid) {
     check_shared(shared, 16, 16, "the destination of cp.async");
-    if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) fault("cp.async from an address off its 16-byte border");
+    if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
+        fault("cp.async from an address off its 16-byte border");
     self->copies.push_back({shared, global, valid, false});
     // Until it arrives nobody may read there.
     memset(shared, 0xff, 16);

@@ -24,7 +24,8 @@ void check_access(const void* at, size_t bytes, const char* what) {
     const Range* range = find_range(at, bytes);
     if (range && (!range->device || range->device == current)) return;
     char text[160];
-    std::snprintf(text, sizeof text, "%s: %zu bytes at %p are no memory of device %d", what, bytes, at, current->ordinal);
+    std::snprintf(text, sizeof text, "%s: %zu bytes at %p are no memory of device %d", what, bytes, at,
+                  current->ordinal);
     throw Fault{ILLEGAL_ADDRESS, text};
 }
 

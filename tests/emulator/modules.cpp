@@ -33,8 +33,8 @@ static void check_parameters(const emulator::Kernel& kernel, void* const* parame
 
 static std::string describe(const char* name, dim3 grid, dim3 block, size_t dynamic) {
     std::ostringstream text;
-    text << "  " << name << " grid " << grid.x << " " << grid.y << " " << grid.z << " block " << block.x << " " << block.y
-         << " " << block.z << " shared " << dynamic;
+    text << "  " << name << " grid " << grid.x << " " << grid.y << " " << grid.z << " block " << block.x << " "
+         << block.y << " " << block.z << " shared " << dynamic;
     return text.str();
 }
 
@@ -108,8 +108,11 @@ EXPORT int cuFuncGetAttribute(int* value, int attribute, void* handle) {
     ENTER(CONTEXT);
     const Function* function = static_cast<Function*>(handle);
     const std::map<int, size_t> values = {
-        {MAX_THREADS, function->kernel->threads}, {STATIC_SHARED, function->static_shared}, {REGISTERS, 32},
-        {BINARY_VERSION, size_t(settings().major * 10 + settings().minor)}, {MOST_DYNAMIC_SHARED, function->most_dynamic},
+        {MAX_THREADS, function->kernel->threads},
+        {STATIC_SHARED, function->static_shared},
+        {REGISTERS, 32},
+        {BINARY_VERSION, size_t(settings().major * 10 + settings().minor)},
+        {MOST_DYNAMIC_SHARED, function->most_dynamic},
     };
     auto found = values.find(attribute);
     *value = found == values.end() ? 0 : int(found->second);

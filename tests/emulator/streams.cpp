@@ -1,6 +1,6 @@
-// Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones when
-// something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an order that
-// nobody asked for is not kept.
+// Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones
+// when something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an order
+// that nobody asked for is not kept.
 #include <algorithm>
 
 #include "driver.hpp"
@@ -265,7 +265,8 @@ EXPORT int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
 
 // For the stand-ins of other libraries (cublasLt): work on a stream with a copy of its argument, run with the text of
 // what went wrong to fill (at most 256 bytes); and a check of an operand.
-EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const void*, char*), const void* data, size_t n) {
+EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const void*, char*), const void* data,
+                            size_t n) {
     Call call(name, CONTEXT);
     if (call.error) return call.error;
     std::string copy(static_cast<const char*>(data), n);

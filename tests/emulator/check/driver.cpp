@@ -19,7 +19,8 @@ KERNEL(64, sized, (u8 a, f64 b, u16 c, const u32* d)) {
     bytes[threadIdx.x] = (u8)(a + (u8)b + c + (d != nullptr));
 }
 
-const char* TEXT = "//\n.version 8.0\n.target sm_80\n.visible .entry add(\n.visible .entry stuck(\n.visible .entry sized(\n";
+const char* TEXT =
+    "//\n.version 8.0\n.target sm_80\n.visible .entry add(\n.visible .entry stuck(\n.visible .entry sized(\n";
 }  // namespace
 
 Gpu::Gpu() {
@@ -59,7 +60,9 @@ static u32 across_streams(bool event) {
     return host[63];
 }
 TEST(eager_streams_are_in_order) { EXPECT(across_streams(true) == 6 && across_streams(false) == 6); }
-TEST(lazy_streams_show_a_missing_event, "STREAMS=lazy") { EXPECT(across_streams(true) == 6 && across_streams(false) == ~0u); }
+TEST(lazy_streams_show_a_missing_event, "STREAMS=lazy") {
+    EXPECT(across_streams(true) == 6 && across_streams(false) == ~0u);
+}
 
 TEST(lazy_copies_read_late, "STREAMS=lazy") {
     Gpu gpu;

@@ -32,7 +32,8 @@ KERNEL(32, product, (f32* d, const f32* a, const f32* b)) {
     f32 sums[4];
     for (u32 r = 0; r < 4; r++) {
         u32 i = 2 * r;
-        x[r] = pack_bf16(a[a_row(lane, i) * 16 + a_column(lane, i)], a[a_row(lane, i + 1) * 16 + a_column(lane, i + 1)]);
+        x[r] =
+            pack_bf16(a[a_row(lane, i) * 16 + a_column(lane, i)], a[a_row(lane, i + 1) * 16 + a_column(lane, i + 1)]);
     }
     for (u32 r = 0; r < 2; r++) {
         u32 i = 2 * r;
@@ -128,7 +129,9 @@ KERNEL(64, places, (u32* out)) {
     atomicAdd(&out[block * (blockDim.x * blockDim.y * blockDim.z) + thread], 1 + block);
 }
 
-KERNEL(256, sums, (f32* out, const f32* x)) { out[threadIdx.x] = block_sum(x[threadIdx.x]) + block_max(x[threadIdx.x]); }
+KERNEL(256, sums, (f32* out, const f32* x)) {
+    out[threadIdx.x] = block_sum(x[threadIdx.x]) + block_max(x[threadIdx.x]);
+}
 
 std::string launch(const char* name, dim3 grid, dim3 block, size_t shared, auto... arguments) {
     void* pointers[] = {&arguments..., nullptr};
@@ -159,7 +162,8 @@ TEST(mma_follows_the_manual) {
         for (u32 i = 0; i < 128; i++) d[i] = 1000.0f * (f32)i;
         EXPECT(launch("product", 1, 32, 0, d.data(), a.data(), b.data()) == "");
         for (u32 row = 0; row < 16; row++)
-            for (u32 n = 0; n < 8; n++) EXPECT(d[row * 8 + n] == 1000.0f * (f32)(row * 8 + n) + (f32)(row * 16 + n + 8 * half));
+            for (u32 n = 0; n < 8; n++)
+                EXPECT(d[row * 8 + n] == 1000.0f * (f32)(row * 8 + n) + (f32)(row * 16 + n + 8 * half));
     }
     std::vector<f32> a(256), b(128), d(128);
     for (u32 i = 0; i < 16; i++) a[i * 16 + i] = 1;
@@ -177,8 +181,13 @@ TEST(lanes_exchange) {
             for (u32 i = 0; i < 64; i++) {
                 u32 lane = i % 32, warp = i - lane;
                 u32 thirds = 0x49249249;
-                f64 expected[] = {f64(warp + (lane + 1) % 32), f64(lane % 8 < 3 ? i : i - 3), f64(lane % 8 > 4 ? i : i + 3),
-                                  f64(i ^ 5), f64(thirds), f64(lane < 16 ? i ^ 1 : warp + 20), lane < 20 ? 1.0 : -1.0};
+                f64 expected[] = {f64(warp + (lane + 1) % 32),
+                                  f64(lane % 8 < 3 ? i : i - 3),
+                                  f64(lane % 8 > 4 ? i : i + 3),
+                                  f64(i ^ 5),
+                                  f64(thirds),
+                                  f64(lane < 16 ? i ^ 1 : warp + 20),
+                                  lane < 20 ? 1.0 : -1.0};
                 EXPECT(out[i] == expected[mode]);
             }
         }
@@ -227,15 +236,16 @@ TEST(copies_arrive_when_they_are_waited_for) {
         EXPECT(launch("copies", 1, 32, 0, out.data(), (const u32*)from.data()) == "");
         for (u32 i = 0; i < 32; i++) {
             u32 first = from[i * 8], second = i % 2 ? from[i * 8 + 4] : 0, late = ~0u;
-            u32 expected[] = {at_once ? first : late, at_once ? second : late, first, at_once ? second : late, first, second};
+            u32 expected[] = {
+                at_once ? first : late, at_once ? second : late, first, at_once ? second : late, first, second};
             EXPECT(std::equal(expected, expected + 6, &out[i * 6]));
         }
     }
 }
 
 TEST(mistakes_are_reported) {
-    const char* expected[] = {"different barriers", "wait in a warp collective of mask ffffffff", "leaves out its caller",
-                              "off its border", "no shared memory"};
+    const char* expected[] = {"different barriers", "wait in a warp collective of mask ffffffff",
+                              "leaves out its caller", "off its border", "no shared memory"};
     for (u32 which = 0; which < 5; which++) {
         std::string failed = launch("mistakes", 1, 64, 64, which);
         EXPECT(failed.find(expected[which]) != std::string::npos);

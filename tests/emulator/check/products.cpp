@@ -22,8 +22,8 @@ int cublasLtMatrixLayoutSetAttribute(void*, int, const void*, size_t);
 int cublasLtMatmulPreferenceCreate(void**);
 int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t);
 int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, Heuristic*, int*);
-int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*,
-                   void*, const void*, void*, size_t, void*);
+int cublasLtMatmul(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*,
+                   void*, void*, const void*, void*, size_t, void*);
 }
 
 static const size_t WORKSPACE = 1 << 20;
@@ -60,7 +60,9 @@ struct Matrix {
         cublasLtMatrixLayoutSetAttribute(layout, 6, &step, sizeof step);
     }
     size_t elements() const { return size_t(stride) * columns * size_t(batches); }
-    size_t index(int batch, size_t i, size_t j) const { return size_t(batch) * size_t(stride) * columns + j * size_t(stride) + i; }
+    size_t index(int batch, size_t i, size_t j) const {
+        return size_t(batch) * size_t(stride) * columns + j * size_t(stride) + i;
+    }
     float get(int batch, size_t i, size_t j) const { return read(type, at, index(batch, i, j)); }
 };
 
@@ -73,22 +75,28 @@ struct Lt {
         cublasLtMatmulPreferenceSetAttribute(preference, 1, &WORKSPACE, sizeof WORKSPACE);
         workspace = device<char>(WORKSPACE);
     }
-    template <class T> void set(int attribute, T value) { cublasLtMatmulDescSetAttribute(desc, attribute, &value, sizeof value); }
+    template <class T>
+    void set(int attribute, T value) {
+        cublasLtMatmulDescSetAttribute(desc, attribute, &value, sizeof value);
+    }
     int choose(const Matrix& a, const Matrix& b, const Matrix& d, Heuristic& found) {
         int count = 0;
-        return cublasLtMatmulAlgoGetHeuristic(handle, desc, a.layout, b.layout, d.layout, d.layout, preference, 1, &found, &count);
+        return cublasLtMatmulAlgoGetHeuristic(handle, desc, a.layout, b.layout, d.layout, d.layout, preference, 1,
+                                              &found, &count);
     }
-    int multiply(const Heuristic& h, float alpha, const Matrix& a, const Matrix& b, float beta, const Matrix& d, void* stream,
-                 size_t bytes = WORKSPACE) {
-        return cublasLtMatmul(handle, desc, &alpha, a.at, a.layout, b.at, b.layout, &beta, d.at, d.layout, d.at, d.layout,
-                              h.algorithm, workspace, bytes, stream);
+    int multiply(const Heuristic& h, float alpha, const Matrix& a, const Matrix& b, float beta, const Matrix& d,
+                 void* stream, size_t bytes = WORKSPACE) {
+        return cublasLtMatmul(handle, desc, &alpha, a.at, a.layout, b.at, b.layout, &beta, d.at, d.layout, d.at,
+                              d.layout, h.algorithm, workspace, bytes, stream);
     }
 };
 
-static void compare(Type in, Type out, bool transpose_a, bool transpose_b, uint64_t m, uint64_t n, uint64_t k, int batches) {
+static void compare(Type in, Type out, bool transpose_a, bool transpose_b, uint64_t m, uint64_t n, uint64_t k,
+                    int batches) {
     Gpu gpu;
     Lt lt;
-    Matrix a(in, transpose_a ? k : m, transpose_a ? m : k, batches), b(in, transpose_b ? n : k, transpose_b ? k : n, batches);
+    Matrix a(in, transpose_a ? k : m, transpose_a ? m : k, batches),
+        b(in, transpose_b ? n : k, transpose_b ? k : n, batches);
     Matrix d(out, m, n, batches), before(out, m, n, batches);
     lt.set<int>(3, transpose_a);
     lt.set<int>(4, transpose_b);
@@ -107,7 +115,8 @@ static void compare(Type in, Type out, bool transpose_a, bool transpose_b, uint6
                 }
                 double expected = 0.5 * sum + 2.0 * before.get(batch, i, j);
                 // k roundings of f32 in the sum, and one of the result's type.
-                double band = double(k) * 0x1p-24 * sizes + (out == BF16 ? 0x1p-8 : 0x1p-24) * std::fabs(expected) + 1e-30;
+                double band =
+                    double(k) * 0x1p-24 * sizes + (out == BF16 ? 0x1p-8 : 0x1p-24) * std::fabs(expected) + 1e-30;
                 EXPECT(std::fabs(d.get(batch, i, j) - expected) <= band);
             }
     // Padding between columns is not written.
