@@ -119,14 +119,14 @@ void finish_barrier() {
 }
 
 void end_thread(Thread& thread) {
-    copy_wait(0);
+    if (!thread.copies.empty()) copy_wait(0);
     thread.ended = true;
     ended_count++;
     finish_barrier();
     unsigned warp = thread.linear / LANES;
     warps[warp].ended |= 1u << lane();
     Thread* first = &threads[warp * LANES];
-    for (unsigned i = 0; i < LANES; i++)
+    for (unsigned i = 0; warps[warp].waiting && i < LANES; i++)
         if (warps[warp].waiting >> i & 1) finish_collective(warps[warp], first, first[i].mask, first[i].finish);
 }
 

@@ -1,6 +1,6 @@
 // Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones
-// when something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an order
-// that nobody asked for is not kept.
+// when something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an
+// order that nobody asked for is not kept.
 #include <algorithm>
 
 #include "driver.hpp"
