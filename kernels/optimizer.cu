@@ -45,7 +45,7 @@ template <int MOMENTS> struct Arenas {
 typedef Pack<f32, RUN_LEN> Run;
 
 // Updates one element; the square of its change.
-template <int MOMENTS, class Rule> DEVICE f64 update_one(Run& weights, Run* moments, f32 g, int j, const Rule& rule) {
+template <int MOMENTS, class Rule> DEVICE f64 update_one(Run& weights, Run* moments, f32 g, u32 j, const Rule& rule) {
     Single m[MOMENTS + 1];
 #pragma unroll
     for (int k = 0; k < MOMENTS; ++k) m[k] = moments[k].at[j];
@@ -68,7 +68,7 @@ DEVICE f64 update_run(const Arenas<MOMENTS>& a, u32 i, u32 len, bool wide, const
         for (int k = 0; k < MOMENTS; ++k) m[k] = *(Run*)(a.moments[k] + i);
     } else {
 #pragma unroll
-        for (int j = 0; j < RUN_LEN; ++j) {
+        for (u32 j = 0; j < RUN_LEN; ++j) {
             w.at[j] = j < len ? a.weights[i + j] : 0;
             g.at[j] = j < len ? a.gradients[i + j] : 0;
 #pragma unroll
@@ -77,7 +77,7 @@ DEVICE f64 update_run(const Arenas<MOMENTS>& a, u32 i, u32 len, bool wide, const
     }
     f64 changes = 0;
 #pragma unroll
-    for (int j = 0; j < RUN_LEN; ++j) {
+    for (u32 j = 0; j < RUN_LEN; ++j) {
         f64 change = update_one<MOMENTS>(w, m, g.at[j], j, rule);
         changes += j < len ? change : 0;
     }
@@ -88,13 +88,13 @@ DEVICE f64 update_run(const Arenas<MOMENTS>& a, u32 i, u32 len, bool wide, const
         if (a.copy) {
             Pack<real, RUN_LEN> rounded;
 #pragma unroll
-            for (int j = 0; j < RUN_LEN; ++j) store(rounded.at[j], w.at[j]);
+            for (u32 j = 0; j < RUN_LEN; ++j) store(rounded.at[j], w.at[j]);
             *(Pack<real, RUN_LEN>*)(a.copy + i) = rounded;
         }
         return changes;
     }
 #pragma unroll
-    for (int j = 0; j < RUN_LEN; ++j) {
+    for (u32 j = 0; j < RUN_LEN; ++j) {
         if (j >= len) break;
         a.weights[i + j] = w.at[j];
 #pragma unroll

@@ -59,7 +59,7 @@ pub struct Sizes {
     /// Tokens of a sequence.
     pub context: usize,
     /// Key/value heads and hidden width of a llama; a GPT-2's heads are their own, its MLP is 4 times as wide.
-    llama: Option<(usize, usize)>,
+    pub(super) llama: Option<(usize, usize)>,
 }
 
 impl Preset {

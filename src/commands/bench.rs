@@ -3,9 +3,9 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, Preset, TrainBench, UpscaleBench},
+    bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
     model::decoder::Recompute,
-    report::human,
+    report::{human, table::Table},
     run::Place,
 };
 use std::path::PathBuf;
@@ -13,10 +13,31 @@ use std::path::PathBuf;
 /// Benchmarks.
 #[derive(clap::Subcommand)]
 pub enum Command {
+    /// Time every op at the sizes of a model, beside what the device reaches on a copy and a large product
+    Ops(OpsArgs),
     /// Time a training step on random tokens
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
+}
+
+/// Arguments of `bench ops`.
+#[derive(clap::Args)]
+pub struct OpsArgs {
+    /// The model whose sizes are taken
+    #[arg(long, default_value = "w256")]
+    preset: Preset,
+    /// Sequences of a micro-batch; 0: the preset's own
+    #[arg(long, default_value_t = 0)]
+    batch: usize,
+    /// Only ops whose name contains this
+    #[arg(long, default_value = "")]
+    only: String,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Arguments of `bench train`.
@@ -78,9 +99,27 @@ pub struct UpscaleArgs {
 
 pub fn run(command: Command) -> Result<()> {
     match command {
+        Command::Ops(args) => ops(args),
         Command::Train(args) => train(args),
         Command::Upscale(args) => upscale(args),
     }
+}
+
+fn ops(args: OpsArgs) -> Result<()> {
+    let OpsArgs { preset, batch, only, place, json } = args;
+    let speed = bench::ops(place.place(), OpsBench { preset, batch, only })?;
+    if json {
+        return print_json(&speed);
+    }
+    let (copy, product) = (speed.copy_gb_per_second, speed.product_tflops);
+    say!("{}: a copy reaches {copy:.0} GB/s, a large product {product:.2} TFLOP/s", speed.device)?;
+    let mut table = Table::new(["op", "ms", "GB/s", "TFLOP/s", "share"]);
+    for op in &speed.ops {
+        let share = format!("{:.0} %", op.share * 100.0);
+        let number = |x: f64, digits: usize| format!("{x:.digits$}");
+        table.row([op.name.clone(), number(op.ms, 4), number(op.gb_per_second, 1), number(op.tflops, 3), share]);
+    }
+    super::print(table)
 }
 
 fn train(args: TrainArgs) -> Result<()> {

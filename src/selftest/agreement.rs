@@ -62,6 +62,11 @@ impl<'a> Agreement<'a> {
         drawn.into_iter().map(|x| round(f64::from(x) * deviation, self.cuda.compute())).collect()
     }
 
+    /// A number rounded to the device's compute type.
+    pub fn rounded(&self, x: f64) -> f64 {
+        round(x, self.cuda.compute())
+    }
+
     /// Compares outputs: |got − wanted| ≤ bound(i) for every element i; what is not finite must be the same. One row of
     /// the table.
     pub fn compare(&mut self, name: impl Into<String>, got: &[f64], wanted: &[f64], bound: impl Fn(usize) -> f64) {

@@ -43,10 +43,15 @@ fn training_is_the_cpus() {
         ("mlp", mlp, "kind = 'sgd'\nmomentum = 0.9\nlr = 0.01"),
         ("lion", LLAMA, "kind = 'lion'\nlr = 0.0003"),
     ] {
-        let sections = format!("[batch]\nsize = 2\nmicro_batches = 2\n[optimizer]\n{optimizer}\nclip = 1.0\n[model]\n{model}");
+        let sections =
+            format!("[batch]\nsize = 2\nmicro_batches = 2\n[optimizer]\n{optimizer}\nclip = 1.0\n[model]\n{model}");
         config(&place, name, "steps = 20", &sections);
         place.ok(&format!("train -c {name}.toml --device cpu --set run={name}-cpu"));
-        emulated_ok(&place, &format!("train -c {name}.toml --device cuda --set run={name}-f32 --set precision=f32"), &[]);
+        emulated_ok(
+            &place,
+            &format!("train -c {name}.toml --device cuda --set run={name}-f32 --set precision=f32"),
+            &[],
+        );
         emulated_ok(&place, &format!("train -c {name}.toml --device cuda --set run={name}-bf16"), &[]);
         let curve = |kind: &str| losses(&place, &format!("{name}-{kind}"));
         let (cpu, single, half) = (curve("cpu"), curve("f32"), curve("bf16"));
