@@ -99,11 +99,10 @@ fn defined() -> Kernels {
 /// The kernels that `kernels! { "stem": NAMED name(parameter: Type, …); … }` blocks declare.
 fn launched(text: &str) -> Kernels {
     let mut found = Kernels::new();
+    let text: String = text.lines().map(|line| line.split("//").next().unwrap().to_string() + "\n").collect();
     for (at, _) in text.match_indices("kernels! {") {
         let mut stem = String::new();
         for item in bracketed(&text[at + "kernels! ".len()..]).split(';') {
-            let lines: Vec<&str> = item.lines().map(|line| line.split("//").next().unwrap()).collect();
-            let item = lines.join(" ");
             let mut item = item.trim();
             if let Some((name, rest)) = item.strip_prefix('"').and_then(|rest| rest.split_once("\":")) {
                 (stem, item) = (name.to_string(), rest);
