@@ -362,8 +362,8 @@ void check_shared(const void* at, size_t bytes, size_t alignment, const char* wh
 }
 
 std::vector<Kernel>& kernels() {
-    static std::vector<Kernel> all;
-    return all;
+    static auto* all = new std::vector<Kernel>;
+    return *all;
 }
 
 const Kernel* find_kernel(const std::string& name) {
