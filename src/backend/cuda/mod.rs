@@ -118,6 +118,11 @@ impl Cuda {
         self.options
     }
 
+    /// Elements of the compute type in 16 bytes, which a thread reads and writes at once: kernels' WIDE<real>.
+    pub(crate) fn piece(&self) -> usize {
+        16 / self.options.compute.size()
+    }
+
     /// Bytes of shared memory that a block can ask for.
     pub(crate) fn shared_limit(&self) -> usize {
         self.properties.shared_limit
