@@ -67,6 +67,12 @@ impl<'a> Agreement<'a> {
         round(x, self.cuda.compute())
     }
 
+    /// Checks that each element is, bit for bit, the first of the `copies` that it belongs to. One row of the table.
+    pub fn compare_copies(&mut self, name: impl Into<String>, got: &[f64], copies: usize) {
+        let first: Vec<f64> = got.iter().step_by(copies).copied().collect();
+        self.compare(name, got, &repeated(&first, copies), |_| 0.0);
+    }
+
     /// Compares outputs: |got − wanted| ≤ bound(i) for every element i; what is not finite must be the same. One row of
     /// the table.
     pub fn compare(&mut self, name: impl Into<String>, got: &[f64], wanted: &[f64], bound: impl Fn(usize) -> f64) {
@@ -91,6 +97,11 @@ impl<'a> Agreement<'a> {
         }
         self.rows.push(row);
     }
+}
+
+/// Values of which each stands `copies` times in a row: what a widened model has.
+pub fn repeated(values: &[f64], copies: usize) -> Vec<f64> {
+    values.iter().flat_map(|&x| std::iter::repeat_n(x, copies)).collect()
 }
 
 /// See [`Agreement::rounding`].

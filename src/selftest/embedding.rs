@@ -1,6 +1,6 @@
 //! Embeddings.
 
-use super::agreement::{Agreement, get, put, put_integers, put_real, unwritten};
+use super::agreement::{Agreement, get, put, put_integers, put_real, repeated, unwritten};
 use crate::{
     Result,
     ops::embedding::{Embedding, EmbeddingShape},
@@ -75,6 +75,26 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
         case.tokens.iter().for_each(|&token| counts[token as usize] += 1);
         agreement.compare(name("dweight"), &got[2], &wanted[2], |i| sum(counts[i / width]));
         agreement.compare(name("dpositions"), &got[3], &wanted[3], |_| sum(rows.div_ceil(sequence)));
+    }
+    copies(agreement)
+}
+
+/// Copies of a unit get the same bits.
+fn copies(agreement: &mut Agreement) -> Result<()> {
+    const COPIES: usize = 3;
+    let (rows, narrow, vocabulary, sequence) = (200, 29, 50, 40);
+    let values = |seed, len| repeated(&agreement.normal(seed, len, 1.0), COPIES);
+    let case = Case {
+        weight: values(1, vocabulary * narrow),
+        positions: values(2, (sequence + 2) * narrow),
+        tokens: (0..rows).map(|r| if r % 2 == 0 { 5 } else { (r * r % vocabulary) as i32 }).collect(),
+        dx: values(3, rows * narrow),
+        held: Some(values(4, vocabulary * narrow)),
+        shape: EmbeddingShape { rows, width: COPIES * narrow, sequence, start: 0, scale: 0.75 },
+    };
+    let [_, x, dweight, dpositions] = run(agreement.cuda(), &case)?;
+    for (what, got) in [("x", x), ("dweight", dweight), ("dpositions", dpositions)] {
+        agreement.compare_copies(format!("embedding copies {what}"), &got, COPIES);
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Q/K norm.
 
-use super::agreement::{Agreement, get, put_real, unwritten};
+use super::agreement::{Agreement, get, put_real, repeated, unwritten};
 use crate::{
     Result,
     ops::{attention::HeadShape, head_norm::HeadNorm},
@@ -61,6 +61,23 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
             let bound = (terms + 2.0 * roundings) * f32_rounding * (terms + 16.0);
             agreement.compare(name(what), got, wanted, |_| bound);
         }
+    }
+    copies(agreement)
+}
+
+/// Copies of an element of a head get the same bits.
+fn copies(agreement: &mut Agreement) -> Result<()> {
+    const COPIES: usize = 3;
+    let shape = HeadShape { kv_heads: 2, group: 2, head_dim: COPIES * 17 };
+    let (rows, row) = (11, shape.row() / COPIES);
+    let mut seed = 0;
+    let inputs = [rows * row, 17, 17, rows * row].map(|len| {
+        seed += 1;
+        repeated(&agreement.normal(seed, len, 1.0), COPIES)
+    });
+    let [out, _, dqkv, dq, dk] = run(agreement.cuda(), &inputs, shape)?;
+    for (what, got) in [("out", out), ("dqkv", dqkv), ("dq_gain", dq), ("dk_gain", dk)] {
+        agreement.compare_copies(format!("head_norm copies {what}"), &got, COPIES);
     }
     Ok(())
 }

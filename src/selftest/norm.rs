@@ -1,6 +1,6 @@
 //! Norms.
 
-use super::agreement::{Agreement, get, put_real, unwritten};
+use super::agreement::{Agreement, get, put_real, repeated, unwritten};
 use crate::{
     Result,
     ops::norm::{Norm, NormKind, NormShape, Residual},
@@ -78,7 +78,25 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
             compare(agreement, &case)?;
         }
     }
+    copies(agreement)?;
     elementwise(agreement)
+}
+
+/// Copies of a unit get the same bits, wherever they lie in pieces and teams.
+fn copies(agreement: &mut Agreement) -> Result<()> {
+    const COPIES: usize = 3;
+    for (rows, narrow) in [(67, 37), (9, 256), (5, 1401)] {
+        let shape = NormShape { rows, width: COPIES * narrow, kind: NormKind::Layer, eps: 1e-5 };
+        let values = |seed, len| repeated(&agreement.normal(seed, len, 1.0), COPIES);
+        let [x, gain, bias] = [values(1, rows * narrow), values(2, narrow), values(3, narrow)];
+        let [dy, past] = [values(4, rows * narrow), values(5, rows * narrow)];
+        let case = Case { x, gain, bias, dy, past, shape, with_bias: true, overwrite: false };
+        let [y, _, dx, dgain, dbias] = run(agreement.cuda(), &case)?;
+        for (what, got) in [("y", y), ("dx", dx), ("dgain", dgain), ("dbias", dbias)] {
+            agreement.compare_copies(format!("norm copies {what} {rows} x {narrow}"), &got, COPIES);
+        }
+    }
+    Ok(())
 }
 
 fn compare(agreement: &mut Agreement, case: &Case) -> Result<()> {
@@ -113,7 +131,7 @@ fn compare(agreement: &mut Agreement, case: &Case) -> Result<()> {
     // a normalised element by twice a mean's error; the gradient has two means more. Gains are under 5.
     let bound = |i: usize| type_rounding * wanted[0][i].abs() + 2.0 * additions * f32_rounding * 6.0 * 5.0;
     agreement.compare(name("y"), &y, &wanted[0], bound);
-    let bound = |i: usize| additions * f32_rounding * if i % 2 == 0 { 2.0 } else { wanted[1][i] * 2.0 };
+    let bound = |i: usize| additions * f32_rounding * if i.is_multiple_of(2) { 2.0 } else { wanted[1][i] * 2.0 };
     agreement.compare(name("statistics"), &statistics, &wanted[1], bound);
     let size = |i: usize| 6.0 * 5.0 * wanted[1][i / width * 2 + 1];
     let bound = |i: usize| type_rounding * wanted[2][i].abs() + 4.0 * additions * f32_rounding * size(i);
