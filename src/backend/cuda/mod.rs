@@ -357,6 +357,7 @@ impl Backend for Cuda {
     }
 
     fn host(&self, bytes: usize) -> Result<Pinned> {
+        self.fault()?;
         Pinned::new(&self.context, bytes)
     }
 
