@@ -1,5 +1,6 @@
 //! Collectives between ranks. A rank is a process (or, in [`threads`], a thread) with its own device.
 
+pub mod environment;
 pub mod store;
 pub mod threads;
 
