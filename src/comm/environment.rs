@@ -11,11 +11,10 @@
 use crate::{Error, Result};
 use std::fmt;
 
-/// Set by a launcher that runs a store for its processes: `HOST:PORT`. The token is `TORCHELASTIC_RUN_ID`.
+/// Set by a launcher that runs a store for its processes: `HOST:PORT`.
 pub const STORE: &str = "MUPSCALE_STORE";
-/// Set by our launcher: counts starts of the group of processes, whatever their cause, so that no process takes what
-/// one of an earlier start left in the store. Without it `TORCHELASTIC_RESTART_COUNT` serves.
-pub const ROUND: &str = "MUPSCALE_ROUND";
+/// The token of that store; without it `TORCHELASTIC_RUN_ID` serves.
+pub const STORE_TOKEN: &str = "MUPSCALE_STORE_TOKEN";
 
 /// First of the ports that are derived from a job's name, and how many there are: below those that systems give out.
 const PORTS: (u16, u16) = (12_000, 18_000);
@@ -194,22 +193,24 @@ fn torchrun(variables: &Variables) -> Result<World> {
     let master = match (&store, variables.get("MASTER_ADDR")) {
         (Some(endpoint), _) => Master::Launcher(endpoint.clone()),
         _ if world == 1 => Master::Alone,
-        (None, Some(host)) => Master::Rank0 { host, port: variables.port()?.unwrap_or(DEFAULT_PORT) },
+        (None, Some(host)) => {
+            // torchrun's agent may serve its own store at that port.
+            let taken = variables.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value == "True");
+            let port = variables.port()?.unwrap_or(DEFAULT_PORT);
+            Master::Rank0 { host, port: if taken { port.checked_add(1).unwrap_or(port - 1) } else { port } }
+        }
         (None, None) => {
             let why = "is needed where WORLD_SIZE is more than 1: the host of rank 0";
             return Err(Error::config("MASTER_ADDR", "(not set)", why));
         }
     };
-    let round = match variables.number(ROUND)? {
-        Some(round) => round,
-        None => variables.number("TORCHELASTIC_RESTART_COUNT")?.unwrap_or(0),
-    };
+    let round = variables.number("TORCHELASTIC_RESTART_COUNT")?.unwrap_or(0);
     let launcher = match (&store, &run) {
         (Some(_), _) => "mupscale-launch",
         (None, Some(_)) => "torchrun",
         (None, None) => "RANK and WORLD_SIZE",
     };
-    let token = run.unwrap_or_else(|| "run".into());
+    let token = variables.get(STORE_TOKEN).filter(|_| store.is_some()).or(run).unwrap_or_else(|| "run".into());
     let world = World { rank, world, local_rank, local_world, master, token, round: round.to_string(), launcher };
     checked(world, ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 }
@@ -345,8 +346,8 @@ mod tests {
         assert_eq!((bare.master, bare.launcher), (at("h", 99), "RANK and WORLD_SIZE"));
         let torch = world(&format!("{common} TORCHELASTIC_RUN_ID=x TORCHELASTIC_RESTART_COUNT=2")).unwrap();
         assert_eq!((torch.launcher, &*torch.token, &*torch.round), ("torchrun", "x", "2"));
-        let ours = world(&format!("{common} TORCHELASTIC_RUN_ID=x {STORE}=s:1 {ROUND}=5")).unwrap();
-        assert_eq!((ours.launcher, &*ours.token, &*ours.round), ("mupscale-launch", "x", "5"));
+        let ours = world(&format!("{common} TORCHELASTIC_RUN_ID=x {STORE}=s:1 {STORE_TOKEN}=x/5")).unwrap();
+        assert_eq!((ours.launcher, &*ours.token, &*ours.round), ("mupscale-launch", "x/5", "0"));
         assert_eq!(ours.master, Master::Launcher("s:1".into()));
         // A launcher that runs inside a step of srun is the nearer one.
         assert_eq!(world(&format!("{common} SLURM_PROCID=0 SLURM_STEP_ID=0")).unwrap().rank, 3);
