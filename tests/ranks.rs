@@ -169,10 +169,10 @@ fn a_signal_to_one_rank_stops_all_after_the_same_step() {
 }
 
 /// Ranks that are started with different command lines; all end with code 2, and one says why.
-fn refused(place: &Place, lines: [&str; 3], parts: &[&str]) {
+fn refused(places: [&Place; 3], lines: [&str; 3], parts: &[&str]) {
     let port = port();
-    let ranks: Vec<_> =
-        lines.iter().enumerate().map(|(r, line)| rank(place, line, r, 3, port).spawn().unwrap()).collect();
+    let ranks = places.iter().zip(lines).enumerate();
+    let ranks: Vec<_> = ranks.map(|(r, (place, line))| rank(place, line, r, 3, port).spawn().unwrap()).collect();
     let said: Vec<_> = ranks.into_iter().map(end).collect();
     assert!(said.iter().all(|said| said.code == 2), "{:?}", said.iter().map(|s| (s.code, &s.err)).collect::<Vec<_>>());
     let messages: Vec<_> = said.iter().filter(|said| !said.err.is_empty()).collect();
@@ -187,19 +187,21 @@ fn ranks_that_differ_are_refused_with_one_message() {
     let place = Place::new();
     let good = train("r", "");
     let other = train("r", "--set optimizer.lr=0.02");
-    refused(&place, [&good, &good, &other], &["rank 2 has another configuration", "lr = 0.02", "lr = 0.01"]);
-    place.ok("data synth other.txt --bytes 20000 --seed 9");
-    place.ok("data tokenize other.txt --out other");
-    place.ok("data tokenize corpus.txt --out same");
-    // Under one name on each host, with other contents on one of them: here, the path says so first.
-    let moved = train("r", "--set data.path=other");
-    refused(&place, [&good, &moved, &good], &["rank 1 has another configuration", "other"]);
+    let here = [&place; 3];
+    refused(here, [&good, &good, &other], &["rank 2 has another configuration", "lr = 0.02", "lr = 0.01"]);
+    // A host whose data have the same name and other contents.
+    let elsewhere = Place::new();
+    elsewhere.ok("data synth other.txt --bytes 20000 --seed 9");
+    std::fs::remove_dir_all(elsewhere.join("data")).unwrap();
+    elsewhere.ok("data tokenize other.txt --out data");
+    refused([&place, &elsewhere, &place], [&good; 3], &["rank 1 has another fingerprint of the data than rank 0"]);
     let few = train("r", "--set batch.micro_batches=2");
-    refused(&place, [&few, &few, &few], &["batch.micro_batches = 2", "3 ranks"]);
+    refused(here, [&few; 3], &["batch.micro_batches = 2", "3 ranks"]);
     let broken = train("r", "--set data.path=nowhere");
-    refused(&place, [&good, &broken, &good], &["nowhere"]);
+    refused(here, [&good, &broken, &good], &["nowhere"]);
     let used = train("base", "");
-    refused(&place, [&used, &used, &used], &["base exists already"]);
+    refused(here, [&used; 3], &["base exists already"]);
+    assert!(!place.join("r").exists(), "nothing was begun");
 }
 
 #[test]
