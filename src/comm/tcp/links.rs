@@ -253,7 +253,8 @@ impl Links {
 
     /// Tells the neighbours why there is an end, as far as they listen.
     pub fn tell(&self, fault: &Fault) {
-        let cause = &fault.cause.as_bytes()[..fault.cause.floor_char_boundary(MAX_CAUSE)];
+        let cause = fault.cause.as_bytes();
+        let cause = &cause[..cause.len().min(MAX_CAUSE)];
         let mut bytes = vec![FAULT];
         bytes.extend((cause.len() as u64).to_le_bytes());
         bytes.extend(cause);
