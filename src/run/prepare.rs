@@ -119,8 +119,8 @@ pub fn prepare_resume(run: &Path, sets: &[String]) -> Result<Prepared> {
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {
-    const ALLOWED: [&str; 9] =
-        ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "run", "data.path"];
+    const ALLOWED: [&str; 10] =
+        ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
     for set in sets {
         let key = set.split('=').next().unwrap_or_default().trim();
         if !ALLOWED.iter().any(|a| key == *a || key.starts_with(&format!("{a}."))) {

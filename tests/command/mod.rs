@@ -29,7 +29,7 @@ pub struct Said {
 }
 
 impl Said {
-    /// What a process answered; panics where it panicked.
+    /// What a process that ended has answered; panics where it panicked.
     pub fn new(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         let said =

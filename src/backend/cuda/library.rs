@@ -91,10 +91,11 @@ fn open_beside(folder: &Path, wanted: Wanted) -> bool {
 
 /// Opens a library for the rest of the process. False where there is none, or one that does not load.
 fn open(path: &Path) -> bool {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+    // Local, since these libraries carry C++ libraries of their own that must not take each other's functions.
     // SAFETY: NVIDIA's libraries (or their stand-ins in the tests) run no code of ours when they are loaded, and are
     // never unloaded.
-    match unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) } {
+    match unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) } {
         Ok(library) => {
             std::mem::forget(library);
             true
