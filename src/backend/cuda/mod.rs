@@ -61,7 +61,7 @@ pub struct Cuda {
     modules: Modules,
     workspace: Mutex<Vec<Tensor<Self>>>,
     product_workspace: Memory,
-    bounce: Mutex<Option<[(Pinned, Option<Event>); 2]>>,
+    bounce: Mutex<Option<[Bounce; 2]>>,
     queues: [Queue; 3],
     events: Arc<EventPool>,
     fault: Mutex<Option<Error>>,
@@ -269,6 +269,9 @@ impl Drop for Pinned {
         let _ = self.context.bind().and_then(|()| cuda!(cuMemFreeHost(self.start.as_ptr().cast())));
     }
 }
+
+/// A pinned buffer, and when the copy from it is over.
+type Bounce = (Pinned, Option<Event>);
 
 /// Bytes of each of the two pinned buffers through which mapped files go to the device.
 const BOUNCE: usize = 16 << 20;
