@@ -72,7 +72,7 @@ pub enum Error {
     /// A device that failed while it worked.
     #[error("{0}")]
     Fault(String),
-    /// SIGTERM or SIGINT: the step was finished and saved.
+    /// SIGTERM, SIGINT or SIGUSR1: the step was finished and saved.
     #[error("stopped by a signal after step {step}; saved in {}: go on with `mupscale resume {}`", checkpoint.display(), run.display())]
     Interrupted {
         /// Last finished step.

@@ -307,7 +307,7 @@ impl<'a> Agent<'a> {
 }
 
 /// Whether a signal asks processes to end.
-fn ends(signal: i32) -> bool {
+pub fn ends(signal: i32) -> bool {
     ![libc::SIGUSR1, libc::SIGUSR2].contains(&signal)
 }
 

@@ -1,7 +1,7 @@
 //! What the launcher asks of the operating system and the standard library has no safe call for.
 #![allow(unsafe_code, reason = "process groups, processor masks and the death of a parent are the system's own calls")]
 
-use std::{io, mem, os::unix::process::CommandExt, process::Command};
+use std::{fs, io, mem, os::unix::process::CommandExt, process::Command};
 
 /// Sends a signal to a process group. One that is gone has got all it needs.
 pub fn signal_group(leader: u32, signal: i32) {
@@ -22,6 +22,20 @@ pub fn wait_for_end(child: u32) -> io::Result<()> {
             error => return Err(error),
         }
     }
+}
+
+/// Whether a process group has members that run, apart from its leader.
+pub fn has_members(leader: u32) -> bool {
+    let member = |name: &str| {
+        let Ok(stat) = fs::read_to_string(format!("/proc/{name}/stat")) else { return false };
+        // The program's name stands in brackets and may hold anything; then state, parent, group.
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        let (state, group) = (fields.next(), fields.nth(1));
+        state != Some("Z") && group.and_then(|group| group.parse().ok()) == Some(leader)
+    };
+    let names =
+        fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| name.parse::<u32>().is_ok_and(|pid| pid != leader)).any(|name| member(&name))
 }
 
 /// The processors that this process may run on, in order.

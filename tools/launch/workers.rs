@@ -1,7 +1,7 @@
 //! The processes of one round on this node.
 
 use crate::{
-    agent::Event,
+    agent::{Event, ends},
     leader::{signal_name, token},
     meeting::Member,
     messages::{Cause, Round},
@@ -17,9 +17,17 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError, mpsc::Sender},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Sender,
+    },
     thread,
+    time::{Duration, Instant},
 };
+
+/// What a process leaves behind when it ends by itself has so long to end too.
+const LEFT_BEHIND: Duration = Duration::from_secs(1);
 
 /// A process that was started.
 struct Worker {
@@ -27,6 +35,8 @@ struct Worker {
     pid: u32,
     /// Whether its id is still its own. Held while a signal is sent, or the id given back.
     alive: Arc<Mutex<bool>>,
+    /// Whether it was told to end: the launcher then gives all of its group the same grace.
+    told: Arc<AtomicBool>,
     tail: Tail,
     ended: Option<i32>,
 }
@@ -64,6 +74,7 @@ impl Workers {
         for worker in &self.workers {
             let alive = worker.alive.lock().unwrap_or_else(PoisonError::into_inner);
             if *alive {
+                worker.told.fetch_or(ends(signal), Ordering::SeqCst);
                 system::signal_group(worker.pid, signal);
             }
         }
@@ -128,11 +139,12 @@ fn start(
         child.stdout.take().map(|stream| pumps.follow(stream, path(out_sinks, out, Console::Out))),
         child.stderr.take().map(|stream| pumps.follow(stream, path(err_sinks, err, Console::Err))),
     ];
-    let alive = Arc::new(Mutex::new(true));
+    let (alive, told) = (Arc::new(Mutex::new(true)), Arc::new(AtomicBool::new(false)));
     let watch = {
-        let (alive, events, round) = (alive.clone(), events.clone(), round.number);
+        let (alive, told, events, round) = (alive.clone(), told.clone(), events.clone(), round.number);
+        let grace = options.grace;
         move || {
-            let status = reap(child, &alive);
+            let status = reap(child, &alive, &told, grace);
             pumps.drain();
             // The launcher ends only after its processes: somebody listens.
             let _ = events.send(Event::Ended { round, local, status });
@@ -144,17 +156,23 @@ fn start(
             system::signal_group(pid, libc::SIGKILL);
             Err(Error::Device(format!("a thread was refused ({e})")))
         }
-        None => Ok(Worker { rank, pid, alive, tail, ended: None }),
+        None => Ok(Worker { rank, pid, alive, told, tail, ended: None }),
     }
 }
 
-/// Waits for the end of a process, ends what is left of its group, and gives its id back.
-fn reap(mut child: Child, alive: &Mutex<bool>) -> io::Result<ExitStatus> {
-    let waited = system::wait_for_end(child.id());
-    let mut alive = alive.lock().unwrap_or_else(PoisonError::into_inner);
-    if waited.is_ok() {
+/// Waits for the end of a process, ends what is left of its group, and gives its id back. A shell dies of a signal
+/// while what it started still saves its work: that has the grace that the shell had.
+fn reap(mut child: Child, alive: &Mutex<bool>, told: &AtomicBool, grace: Duration) -> io::Result<ExitStatus> {
+    if system::wait_for_end(child.id()).is_ok() && system::has_members(child.id()) {
+        system::signal_group(child.id(), libc::SIGTERM);
+        let start = Instant::now();
+        let time = || if told.load(Ordering::SeqCst) { grace } else { LEFT_BEHIND };
+        while start.elapsed() < time() && system::has_members(child.id()) {
+            thread::sleep(Duration::from_millis(20));
+        }
         system::signal_group(child.id(), libc::SIGKILL);
     }
+    let mut alive = alive.lock().unwrap_or_else(PoisonError::into_inner);
     *alive = false;
     child.wait()
 }

@@ -1,0 +1,81 @@
+//! A run that is started by the same command as often as it takes: by a launcher after a failure, or by a queue after a
+//! preemption.
+
+use super::{
+    Outcome,
+    prepare::{go_on, may_change, prepare, stored_config},
+    start,
+};
+use crate::{
+    Error, Result,
+    checkpoint::Store,
+    config::{Config, ConfigText},
+    report::{
+        metrics::{self, Record},
+        progress::Show,
+    },
+    upscale::Origin,
+};
+use std::{collections::BTreeMap, path::Path};
+
+/// Goes on with the newest complete checkpoint of the run that a configuration names, or begins the run if there is
+/// none. A run that is complete stays as it is, and that is no error.
+///
+/// # Errors
+/// Those of a new run and of a resumed one; the configuration is not the one that the run was begun with.
+pub fn train_or_resume(path: &Path, sets: &[String], show: Show) -> Result<Outcome> {
+    let mut text = ConfigText::read(path, sets)?;
+    let config = text.resolve()?;
+    let Some((_, checkpoint)) = Store::new(&config.run).newest()? else {
+        // What a run left that had no time for a checkpoint is of no use.
+        return start(prepare(path, sets)?, true, show);
+    };
+    let origin = Origin::open(&checkpoint)?;
+    let stored = stored_config(&origin)?;
+    if config.init.is_some() {
+        text.inherit(&stored.optimizer);
+    }
+    let config = text.resolve()?;
+    refuse_another(stored, &config)?;
+    let position = origin.progress.position;
+    if position.step < config.steps {
+        return start(go_on(origin, config)?, false, show);
+    }
+    let (mut loss, mut validation_loss) = (f64::NAN, None);
+    for record in metrics::read(&config.run.join(metrics::FILE_NAME))? {
+        match record {
+            Record::Step(step) => loss = step.loss,
+            Record::Validation(validation) => validation_loss = Some(validation.loss),
+        }
+    }
+    let (steps, tokens, seconds) = (position.step, position.tokens, position.seconds);
+    Ok(Outcome { checkpoint, steps, tokens, loss, validation_loss, seconds, run: config.run })
+}
+
+/// A run folder belongs to one configuration.
+fn refuse_another(stored: &Config, config: &Config) -> Result<()> {
+    let (old, new) = (flat(stored), flat(config));
+    let differs = old.keys().chain(new.keys()).find(|key| !may_change(key) && old.get(*key) != new.get(*key));
+    let Some(key) = differs else { return Ok(()) };
+    let [old, new] = [&old, &new].map(|values| values.get(key).map_or("(not set)", String::as_str));
+    let why = format!(
+        "the run in {} was begun with {old}: go on with that, or choose another run folder",
+        config.run.display()
+    );
+    Err(Error::config(key, new, why))
+}
+
+/// Every value under its key in dots.
+fn flat(config: &Config) -> BTreeMap<String, String> {
+    fn visit(prefix: &str, table: &toml::Table, found: &mut BTreeMap<String, String>) {
+        for (key, value) in table {
+            match value {
+                toml::Value::Table(inner) => visit(&format!("{prefix}{key}."), inner, found),
+                value => drop(found.insert(format!("{prefix}{key}"), value.to_string())),
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    visit("", &toml::Table::try_from(config).unwrap_or_default(), &mut found);
+    found
+}
