@@ -52,16 +52,14 @@ pub fn train_or_resume(path: &Path, sets: &[String], show: Show) -> Result<Outco
     Ok(Outcome { checkpoint, steps, tokens, loss, validation_loss, seconds, run: config.run })
 }
 
-/// A run folder belongs to one configuration.
+/// A run folder belongs to one configuration. What was left open is as the run has found it.
 fn refuse_another(stored: &Config, config: &Config) -> Result<()> {
-    let (old, new) = (flat(stored), flat(config));
-    let differs = old.keys().chain(new.keys()).find(|key| !may_change(key) && old.get(*key) != new.get(*key));
-    let Some(key) = differs else { return Ok(()) };
-    let [old, new] = [&old, &new].map(|values| values.get(key).map_or("(not set)", String::as_str));
-    let why = format!(
-        "the run in {} was begun with {old}: go on with that, or choose another run folder",
-        config.run.display()
-    );
+    let old = flat(stored);
+    let differs = flat(config).into_iter().find(|(key, new)| !may_change(key) && old.get(key) != Some(new));
+    let Some((key, new)) = differs else { return Ok(()) };
+    let old = old.get(&key).map_or("nothing", String::as_str);
+    let run = config.run.display();
+    let why = format!("the run in {run} was begun with {old}: go on with that, or choose another run folder");
     Err(Error::config(key, new, why))
 }
 

@@ -112,7 +112,7 @@ fn who_does_not_belong_is_told_so() {
     place.run(&other, "true").expect(2, &["yesterday", "stale rendezvous id", "job"]);
     let twin = place.start(&numbered(0, port), "true");
     twin.end().expect(2, &["the port is in use"]);
-    let [one, two] = [0, 1].map(|_| place.start(&numbered(1, port).replace("--nnodes 2", "--nnodes 2"), WORKER));
+    let [one, two] = [0, 1].map(|_| place.start(&numbered(1, port), WORKER));
     let ends = [first, one, two].map(Job::end);
     assert!(
         ends.iter().any(|said| said.code == 2 && said.err.contains("--node-rank 1 was given to")),
@@ -127,8 +127,8 @@ fn a_missing_node_is_waited_for_in_vain() {
     let options = numbered(0, port).replace("join_timeout=20", "join_timeout=0.5");
     place.run(&options, "echo x > started").expect(3, &["1 of 2 nodes came", "join_timeout"]);
     let options = numbered(1, port).replace("join_timeout=20", "join_timeout=0.5");
-    place.run(&options, "echo x > started").expect(2, &[&port.to_string(), "no store answers"]);
+    place.run(&options, "echo x > started").expect(3, &[&port.to_string(), "no store answers"]);
     let options = options.replace("127.0.0.1", "no-such-host.invalid");
-    place.run(&options, "echo x > started").expect(2, &["no-such-host.invalid", "does not resolve"]);
+    place.run(&options, "echo x > started").expect(3, &["no-such-host.invalid", "does not resolve"]);
     assert!(!place.has("started"));
 }

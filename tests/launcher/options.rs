@@ -83,7 +83,10 @@ fn what_cannot_be_meant_is_refused_in_words() {
         ("--rdzv-conf color=red", &["color is unknown"]),
         ("--signals-to-handle SIGKILL", &["SIGKILL", "SIGTERM"]),
         ("--nproc-per-nod 2", &["--nproc-per-nod", "--nproc-per-node"]),
-        ("--nnodes 2 --node-rank 0 --master-addr no-such-host.invalid", &["no-such-host.invalid", "does not resolve"]),
+        (
+            "--nnodes 2 --node-rank 0 --rdzv-conf join_timeout=0.1 --master-addr no-such-host.invalid",
+            &["no-such-host.invalid", "does not resolve"],
+        ),
         (&in_use, &["the port is in use"]),
     ];
     for (options, parts) in cases {

@@ -16,7 +16,7 @@ use std::{
     process,
     sync::mpsc::{self, Receiver},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// This node among the others.
@@ -45,18 +45,19 @@ impl Member {
             _ => None,
         };
         let server = serve(options, meeting, &run)?;
-        let (endpoint, time) = match (&server, meeting) {
-            (Some(server), _) => (server.address().to_string(), Duration::from_secs(10)),
+        let endpoint = match (&server, meeting) {
             (None, Meeting::Numbered(endpoint, _) | Meeting::Anonymous(endpoint)) => {
                 say(&format!("meeting the other nodes at {endpoint}"));
-                if let Err(error) = resolve(endpoint) {
-                    say(&format!("{error}; trying on for {:.0} s", options.rdzv_conf.join.as_secs_f64()));
-                }
-                (written(endpoint), options.rdzv_conf.join)
+                written(endpoint)
             }
+            (Some(server), _) => server.address().to_string(),
             (None, Meeting::Alone) => return Err(Error::Usage("a node alone serves its own store".into())),
         };
-        let store = Client::connect(&endpoint, &run, time)?;
+        let store = Client::connect(&endpoint, &run, options.rdzv_conf.join).map_err(|error| match error {
+            // Nothing that another command line would mend: the other node is not there.
+            Error::Config { ref field, .. } if field.ends_with("endpoint") => Error::Fault(error.to_string()),
+            error => error,
+        })?;
         let agent = store.add("nodes", 1)? as usize;
         let address = match (&options.local_addr, &server) {
             (Some(host), _) => resolve(&Endpoint { host: host.clone(), port: 0 })?[0].ip(),
@@ -133,11 +134,9 @@ fn serve(options: &Options, meeting: &Meeting, run: &str) -> Result<Option<Serve
     }
     // The node that can listen at the address owns it. Where another launcher of this machine does so already, the port
     // is taken, and this one joins it.
-    let addresses = match (resolve(endpoint), &options.local_addr) {
-        (Ok(_), Some(local)) if host == Some(true) => resolve(&Endpoint { host: local.clone(), port: endpoint.port })?,
-        (Ok(addresses), _) => addresses,
-        (Err(_), _) if host.is_none() => return Ok(None),
-        (Err(error), _) => return Err(error),
+    let addresses = match &options.local_addr {
+        Some(local) if host == Some(true) => resolve(&Endpoint { host: local.clone(), port: endpoint.port })?,
+        _ => resolve_in_time(endpoint, options.rdzv_conf.join)?,
     };
     let mut refusal = None;
     for address in addresses {
@@ -170,6 +169,23 @@ fn serve(options: &Options, meeting: &Meeting, run: &str) -> Result<Option<Serve
 
 fn is_loopback_by_name(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// A cluster may give a node its name later than the node starts.
+fn resolve_in_time(endpoint: &Endpoint, time: Duration) -> Result<Vec<SocketAddr>> {
+    let start = Instant::now();
+    for attempt in 0.. {
+        match resolve(endpoint) {
+            Err(error) if start.elapsed() < time => {
+                if attempt == 0 {
+                    say(&format!("{error}; trying on for {:.0} s", time.as_secs_f64()));
+                }
+                thread::sleep(Duration::from_millis(500).min(time));
+            }
+            answer => return answer,
+        }
+    }
+    resolve(endpoint)
 }
 
 fn resolve(endpoint: &Endpoint) -> Result<Vec<SocketAddr>> {
