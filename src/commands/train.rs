@@ -92,6 +92,9 @@ pub fn resume(args: ResumeArgs) -> Result<()> {
 }
 
 fn report(outcome: &Outcome, json: bool) -> Result<()> {
+    if outcome.rank > 0 {
+        return Ok(());
+    }
     if json {
         return print_json(outcome);
     }

@@ -2,21 +2,26 @@
 //! preemption.
 
 use super::{
-    Outcome,
+    Outcome, Ranks,
     prepare::{go_on, may_change, prepare, stored_config},
     start,
 };
 use crate::{
     Error, Result,
     checkpoint::Store,
+    comm::environment::World,
     config::{Config, ConfigText},
     report::{
         metrics::{self, Record},
         progress::Show,
     },
+    state::Position,
     upscale::Origin,
 };
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// Goes on with the newest complete checkpoint of the run that a configuration names, or begins the run if there is
 /// none. A run that is complete stays as it is, and that is no error.
@@ -27,8 +32,9 @@ pub fn train_or_resume(path: &Path, sets: &[String], show: Show) -> Result<Outco
     let mut text = ConfigText::read(path, sets)?;
     let config = text.resolve()?;
     let Some((_, checkpoint)) = Store::new(&config.run).newest()? else {
+        let (ranks, prepared) = Ranks::meet(|| prepare(path, sets))?;
         // What a run left that had no time for a checkpoint is of no use.
-        return start(prepare(path, sets)?, true, show);
+        return start(ranks, prepared, true, show);
     };
     let origin = Origin::open(&checkpoint)?;
     let stored = stored_config(&origin)?;
@@ -37,19 +43,25 @@ pub fn train_or_resume(path: &Path, sets: &[String], show: Show) -> Result<Outco
     }
     let config = text.resolve()?;
     refuse_another(stored, &config)?;
-    let position = origin.progress.position;
-    if position.step < config.steps {
-        return start(go_on(origin, config)?, false, show);
+    if origin.progress.position.step >= config.steps {
+        return complete(config.run, checkpoint, origin.progress.position);
     }
+    let (ranks, prepared) = Ranks::meet(|| go_on(origin, config))?;
+    start(ranks, prepared, false, show)
+}
+
+/// How a run ended, which has nothing left to do.
+fn complete(run: PathBuf, checkpoint: PathBuf, position: Position) -> Result<Outcome> {
     let (mut loss, mut validation_loss) = (f64::NAN, None);
-    for record in metrics::read(&config.run.join(metrics::FILE_NAME))? {
+    for record in metrics::read(&run.join(metrics::FILE_NAME))? {
         match record {
             Record::Step(step) => loss = step.loss,
             Record::Validation(validation) => validation_loss = Some(validation.loss),
         }
     }
-    let (steps, tokens, seconds) = (position.step, position.tokens, position.seconds);
-    Ok(Outcome { checkpoint, steps, tokens, loss, validation_loss, seconds, run: config.run })
+    let Position { step: steps, tokens, seconds, .. } = position;
+    let rank = World::detect()?.rank;
+    Ok(Outcome { run, checkpoint, steps, tokens, loss, validation_loss, seconds, rank })
 }
 
 /// A run folder belongs to one configuration. What was left open is as the run has found it.

@@ -131,8 +131,8 @@ pub(super) fn may_change(key: &str) -> bool {
     CHANGEABLE.iter().any(|a| key == *a || key.starts_with(&format!("{a}.")))
 }
 
-const CHANGEABLE: [&str; 9] =
-    ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "run", "data.path"];
+const CHANGEABLE: [&str; 10] =
+    ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {

@@ -17,6 +17,14 @@ use std::{
 /// A server answers within this time, or is gone: it never keeps a client waiting for more than a second.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// Why an attempt to connect failed.
+pub(in crate::comm) enum Refusal {
+    /// Somebody else is there: another attempt would find the same.
+    Stranger(Error),
+    /// Nobody is there, yet.
+    Nobody(String),
+}
+
 /// A connection to a store. A call that waits keeps others on the same client waiting; [`Client::another`] helps.
 pub struct Client {
     endpoint: String,
@@ -33,12 +41,14 @@ impl Client {
         let end = Instant::now() + timeout;
         let mut pause = Duration::from_millis(20);
         loop {
-            let failure = match Self::attempt(endpoint, token, end) {
-                Ok(client) => return client,
-                Err(failure) => failure,
+            let left = end.saturating_duration_since(Instant::now());
+            let why = match Self::attempt(endpoint, token, left.clamp(Duration::from_millis(10), PATIENCE)) {
+                Ok(client) => return Ok(client),
+                Err(Refusal::Stranger(error)) => return Err(error),
+                Err(Refusal::Nobody(why)) => why,
             };
             if Instant::now() + pause >= end {
-                let why = format!("{failure}; tried for {:.0} s", timeout.as_secs_f64());
+                let why = format!("{why}; tried for {:.0} s", timeout.as_secs_f64());
                 return Err(Error::config("rendezvous endpoint", endpoint, why));
             }
             thread::sleep(pause);
@@ -46,43 +56,50 @@ impl Client {
         }
     }
 
-    /// The outer error is worth another attempt.
-    fn attempt(endpoint: &str, token: &str, end: Instant) -> std::result::Result<Result<Self>, String> {
+    /// Connects, once; nothing takes longer than `patience`.
+    pub(in crate::comm) fn attempt(endpoint: &str, token: &str, patience: Duration) -> Result<Self, Refusal> {
         let addresses = endpoint.to_socket_addrs().map_err(|e| {
-            format!("does not resolve ({e}): give HOST:PORT with a name that this machine knows, or an address")
+            let why = "give HOST:PORT with a name that this machine knows, or an address";
+            Refusal::Nobody(format!("does not resolve ({e}): {why}"))
         })?;
         let mut failure = "has no address".to_string();
         for address in addresses {
-            let left = end.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(10), PATIENCE);
-            let greeted = TcpStream::connect_timeout(&address, left).and_then(|mut stream| {
+            let greeted = TcpStream::connect_timeout(&address, patience).and_then(|mut stream| {
                 stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_read_timeout(Some(patience))?;
                 stream.set_write_timeout(Some(PATIENCE))?;
                 write_frame(&mut stream, 0, &[MAGIC, token.as_bytes()])?;
-                Ok((read_frame(&mut stream, MAX_FRAME)?, stream))
+                let answer = read_frame(&mut stream, MAX_FRAME)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                Ok((answer, stream))
             });
-            match greeted {
-                Err(e) => failure = format!("no store answers there ({e}): is rank 0, or the first host, running?"),
-                Ok((Frame { kind: answer::DONE, .. }, stream)) => {
+            let (frame, stream) = match greeted {
+                Ok(answered) => answered,
+                Err(e) => {
+                    failure = format!("no store answers there ({e}): is rank 0, or the first host, running?");
+                    continue;
+                }
+            };
+            let words =
+                frame.fields.first().map(|field| String::from_utf8_lossy(field).into_owned()).unwrap_or_default();
+            return match frame.kind {
+                answer::DONE => {
                     let (endpoint, token) = (endpoint.to_string(), token.to_string());
-                    return Ok(Ok(Self { endpoint, token, stream: Mutex::new(stream) }));
+                    Ok(Self { endpoint, token, stream: Mutex::new(stream) })
                 }
-                Ok((Frame { kind: answer::STRANGER, fields }, _)) => {
-                    let theirs = fields.first().map(|token| String::from_utf8_lossy(token).into_owned());
+                answer::STRANGER => {
                     let why = format!(
-                        "stale rendezvous id: the store at {endpoint} is of the run `{}`; start all ranks with one id",
-                        theirs.unwrap_or_default()
+                        "stale rendezvous id: the store at {endpoint} is of the run `{words}`; start all ranks with one id"
                     );
-                    return Ok(Err(Error::config("rendezvous id", token, why)));
+                    Err(Refusal::Stranger(Error::config("rendezvous id", token, why)))
                 }
-                Ok((Frame { fields, .. }, _)) => {
-                    let theirs = fields.first().map(|why| String::from_utf8_lossy(why).into_owned());
-                    let why = format!("is something else: {}", theirs.unwrap_or_default());
-                    return Ok(Err(Error::config("rendezvous endpoint", endpoint, why)));
+                _ => {
+                    let why = format!("is something else: {words}");
+                    Err(Refusal::Stranger(Error::config("rendezvous endpoint", endpoint, why)))
                 }
-            }
+            };
         }
-        Err(failure)
+        Err(Refusal::Nobody(failure))
     }
 
     /// A second connection to the same store.

@@ -13,6 +13,7 @@ mod server;
 mod tests;
 
 pub use client::{Client, Lease};
+pub(super) use client::{Refusal, name_ranks};
 pub use server::Server;
 
 use std::{
