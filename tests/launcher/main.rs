@@ -5,6 +5,7 @@ mod cluster;
 #[path = "../command/mod.rs"]
 mod command;
 mod job;
+mod manifests;
 mod nodes;
 mod options;
 mod output;

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-/// Lines of a process that are kept.
+/// Lines of a stream that are kept.
 const KEPT: usize = 20;
 /// Bytes of a kept line.
 const KEPT_BYTES: usize = 400;
@@ -34,7 +34,7 @@ fn write_line(mut to: impl Write, prefix: &[u8], line: &[u8]) {
     let _ = to.write_all(&whole).and_then(|()| to.flush());
 }
 
-/// The last lines of a process.
+/// The last lines of a stream.
 #[derive(Clone, Default)]
 pub struct Tail(Arc<Mutex<VecDeque<String>>>);
 

@@ -37,7 +37,8 @@ struct Worker {
     alive: Arc<Mutex<bool>>,
     /// Whether it was told to end: the launcher then gives all of its group the same grace.
     told: Arc<AtomicBool>,
-    tail: Tail,
+    /// Of standard output and standard error: where an error stands, many lines on the other do not hide it.
+    tails: [Tail; 2],
     ended: Option<i32>,
 }
 
@@ -106,7 +107,11 @@ impl Workers {
             None => format!("ended with exit code {}", status.code().unwrap_or(0)),
         };
         let what = format!("rank {} (local rank {local}, process {} on {}) {how}", worker.rank, worker.pid, self.host);
-        Cause { what, code: status.code().unwrap_or(128 + status.signal().unwrap_or(0)), lines: worker.tail.lines() }
+        Cause {
+            what,
+            code: status.code().unwrap_or(128 + status.signal().unwrap_or(0)),
+            lines: worker.tails.iter().flat_map(Tail::lines).collect(),
+        }
     }
 }
 
@@ -130,11 +135,17 @@ fn start(
     let program = options.program[0].to_string_lossy();
     let mut child =
         command.spawn().map_err(|e| Error::config("program", &program, format!("cannot be started ({e})")))?;
-    let (pid, tail) = (child.id(), Tail::default());
+    let (pid, tails) = (child.id(), [Tail::default(), Tail::default()]);
     let pumps = Pumps::new();
     let prefix = if round.world > 1 { format!("[rank {rank}] ") } else { String::new() };
     let [out_sinks, err_sinks] = options.streams(local);
-    let path = |sinks, log, console| Path { prefix: prefix.clone(), sinks, log, console, tail: tail.clone() };
+    let path = |sinks, log, console| Path {
+        prefix: prefix.clone(),
+        sinks,
+        log,
+        console,
+        tail: tails[console as usize].clone(),
+    };
     let followed = [
         child.stdout.take().map(|stream| pumps.follow(stream, path(out_sinks, out, Console::Out))),
         child.stderr.take().map(|stream| pumps.follow(stream, path(err_sinks, err, Console::Err))),
@@ -156,7 +167,7 @@ fn start(
             system::signal_group(pid, libc::SIGKILL);
             Err(Error::Device(format!("a thread was refused ({e})")))
         }
-        None => Ok(Worker { rank, pid, alive, told, tail, ended: None }),
+        None => Ok(Worker { rank, pid, alive, told, tails, ended: None }),
     }
 }
 
