@@ -1,5 +1,6 @@
 //! Kernels as the binary carries them: their sources, and, where an nvcc is found, machine code and PTX. Writes
-//! `$OUT_DIR/kernels.rs` for src/backend/cuda/module.rs.
+//! `$OUT_DIR/kernels.rs` for src/backend/cuda/module.rs, and `$OUT_DIR/resources.txt`, what the assembler said of each
+//! kernel's registers and memory, for tests/kernels.rs.
 //!
 //! What nvcc made is kept under target/kernels by a hash of all it depends on, so that a kernel is compiled once,
 //! whatever the profile and however often other files change.
@@ -68,11 +69,20 @@ pub fn embed() -> Result<Option<String>, String> {
         jobs = modules.iter().flat_map(|module| module.jobs(nvcc, &architectures, &cache, &root)).collect();
         run(nvcc, &jobs)?;
     }
-    let toolkit = nvcc.map(|nvcc| nvcc.version).filter(|_| !jobs.is_empty());
-    let path = out.join("kernels.rs");
-    fs::write(&path, listing(&sources, &modules, &jobs, toolkit.as_deref()))
-        .map_err(|e| format!("{}: {e}", path.display()))?;
+    let nvcc = nvcc.filter(|_| !jobs.is_empty());
+    let toolkit = nvcc.as_ref().map(|nvcc| nvcc.version.clone());
+    write(&out.join("kernels.rs"), &listing(&sources, &modules, &jobs, toolkit.as_deref()))?;
+    let words: Result<String, String> = jobs.iter().map(|job| read(&job.words())).collect();
+    write(&out.join("resources.txt"), &(nvcc.map_or(String::new(), |nvcc| nvcc.words) + &words?))?;
     Ok(toolkit)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 fn variable(name: &str) -> Result<String, String> {
@@ -81,13 +91,13 @@ fn variable(name: &str) -> Result<String, String> {
 
 /// Kernels and headers: paths and texts by file name.
 fn sources(folder: &Path) -> Result<BTreeMap<String, (PathBuf, String)>, String> {
-    let wrong = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
+    let wrong = |e: std::io::Error| format!("{}: {e}", folder.display());
     let mut found = BTreeMap::new();
-    for entry in fs::read_dir(folder).map_err(|e| wrong(folder, e))? {
-        let path = entry.map_err(|e| wrong(folder, e))?.path();
+    for entry in fs::read_dir(folder).map_err(wrong)? {
+        let path = entry.map_err(wrong)?.path();
         if path.extension().is_some_and(|end| end == "cu" || end == "cuh") {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let text = fs::read_to_string(&path).map_err(|e| wrong(&path, e))?;
+            let text = read(&path)?;
             found.insert(name, (path, text));
         }
     }
@@ -153,7 +163,7 @@ impl Module {
             match architecture {
                 Some(a) => {
                     let code = format!("-gencode=arch=compute_{a},code=sm_{a}");
-                    options.extend(["-fatbin".to_string(), "--compress-mode=size".into(), code]);
+                    options.extend(["-fatbin".to_string(), "--compress-mode=size".into(), "-Xptxas=-v".into(), code]);
                 }
                 None => options.extend(["-ptx".to_string(), format!("-arch=compute_{OLDEST}")]),
             }
@@ -170,15 +180,21 @@ impl Module {
 }
 
 impl Job<'_> {
+    /// What nvcc said, beside what it made.
+    fn words(&self) -> PathBuf {
+        self.target.with_extension("txt")
+    }
+
     /// Compiles unless that was done before. What stands under the final name is whole.
     fn run(&self, nvcc: &Nvcc) -> Result<(), String> {
-        if self.target.is_file() {
+        if self.target.is_file() && self.words().is_file() {
             return Ok(());
         }
         let wrong = |e: std::io::Error| format!("{}: {e}", self.target.display());
         let part = self.target.with_extension(format!("part{}", std::process::id()));
         let compiled = nvcc.compile(&self.options, &self.module.path, &part);
-        compiled.map_err(|words| format!("kernels/{}.cu does not compile\n{words}", self.module.stem))?;
+        let words = compiled.map_err(|words| format!("kernels/{}.cu does not compile\n{words}", self.module.stem))?;
+        write(&self.words(), &words)?;
         if self.architecture.is_none() {
             // The driver takes PTX as a string of C.
             let text = [fs::read(&part).map_err(wrong)?, vec![0]].concat();

@@ -49,15 +49,12 @@ impl Nvcc {
         Ok(Self { program, words, version, architectures })
     }
 
-    /// Compiles `source` to `target`; the error is what nvcc said.
-    pub fn compile(&self, options: &[String], source: &Path, target: &Path) -> Result<(), String> {
+    /// Compiles `source` to `target`, and returns what nvcc said, as does the error.
+    pub fn compile(&self, options: &[String], source: &Path, target: &Path) -> Result<String, String> {
         let mut command = Command::new(&self.program);
         command.args(options).arg(source).arg("-o").arg(target);
         let output = command.output().map_err(|e| format!("{}: {e}", self.program.display()))?;
-        if output.status.success() {
-            return Ok(());
-        }
-        let words = [output.stdout, output.stderr].concat();
-        Err(format!("{command:?}\n{}", String::from_utf8_lossy(&words)))
+        let words = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        if output.status.success() { Ok(words) } else { Err(format!("{command:?}\n{words}")) }
     }
 }

@@ -57,6 +57,11 @@ impl Stream {
         Self { seed, name: u64::from_le_bytes(first[0]) }
     }
 
+    /// The seed and the number that stands for the name: what other backends draw the same numbers from.
+    pub(crate) fn key(&self) -> [u64; 2] {
+        [self.seed, self.name]
+    }
+
     /// Elements `start`, `start + 1`, … of the stream as standard normal numbers.
     pub fn normal_fill(&self, start: u64, out: &mut [f32]) {
         self.fill(

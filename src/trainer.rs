@@ -10,17 +10,23 @@ use crate::{
     comm::{self, Comm, Ticket},
     config::{Config, OnNan, OptimizerConfig},
     feed::{Feed, Samples},
-    model::{Acts, Gradients, MicroBatch, Network, Weights, decoder::Recompute, param::Table, plan::Plan, spec::Spec},
+    model::{
+        self, Acts, Gradients, MicroBatch, Network, Weights,
+        decoder::Recompute,
+        param::Table,
+        plan::{Plan, Slot},
+        spec::Spec,
+    },
     ops::{
         Ops,
         gradient::Decision,
         muon::{self, MuonMatrix},
         optimizer::Arenas,
-        pieces::{self, Pieces},
+        pieces::{self, Pieces, RowSettings},
         scalars::{self, SCALAR_BYTES, SCALARS, Scalar},
     },
     schedule,
-    state::{Meaning, Position, State},
+    state::{Meaning, Position, State, StateSlots},
 };
 use std::{collections::VecDeque, time::Instant};
 
@@ -128,21 +134,12 @@ impl<B: Ops> Trainer<B> {
             pieces::cut((0..table.rows.len()).map(|row| table.values(row)), 0..table.arena),
             optimizer.settings(table, &meaning.scaling),
         )?;
-        let summed = config.batch.micro_batches > 1;
         let mut plan = Plan::default();
-        let state = State::plan(&backend, &mut plan, table, Some(&optimizer));
-        let gradients = plan.reserve("gradients", backend.gradient(), table.arena);
-        let depth = if summed { comm::depth(share.len()) } else { 0 };
-        let sums: Vec<_> =
-            (0..depth).map(|i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena)).collect();
-        let scratch = muon_scratch(table, &pieces).map(|len| plan.reserve("muon", backend.compute(), len));
-        let partials = plan.reserve("partial sums", DType::F64, pieces.list.len() + table.rows.len());
-        let small = ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS));
+        let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, share.len(), micro, recompute);
         let batch = Feed::plan(&backend, &mut plan, &*samples, micro, matches!(meaning.spec, Spec::Decoder(_)));
-        let acts = network.plan(&backend, &mut plan, micro, Some(recompute));
         let mut planned = plan.commit(&backend)?;
-        let state = State::new(state, &mut planned);
-        let [scalars, validation] = small.map(|slot| planned.take(slot));
+        let state = State::new(slots.state, &mut planned);
+        let [scalars, validation] = slots.small.map(|slot| planned.take(slot));
         Ok(Self {
             state,
             position: Position::default(),
@@ -151,13 +148,13 @@ impl<B: Ops> Trainer<B> {
             optimizer,
             config: config.clone(),
             micro,
-            acts: Acts::new(acts, &mut planned),
-            gradients: planned.take(gradients),
-            sums: sums.into_iter().map(|slot| planned.take(slot)).collect(),
+            acts: Acts::new(slots.acts, &mut planned),
+            gradients: planned.take(slots.gradients),
+            sums: slots.sums.into_iter().map(|slot| planned.take(slot)).collect(),
             merges: comm::halves(share.len()),
             pieces,
-            partials: planned.take(partials),
-            muon_scratch: scratch.map(|slot| planned.take(slot)),
+            partials: planned.take(slots.partials),
+            muon_scratch: slots.muon.map(|slot| planned.take(slot)),
             scalars,
             validation,
             graphs: (share.clone().map(|_| B::Graph::default()).collect(), B::Graph::default()),
@@ -363,6 +360,63 @@ impl<B: Ops> Trainer<B> {
     }
 }
 
+/// Reserved memory of a trainer, all but its batch.
+struct Slots {
+    state: StateSlots,
+    gradients: Slot,
+    sums: Vec<Slot>,
+    muon: Option<Slot>,
+    partials: Slot,
+    small: [Slot; 2],
+    acts: model::Slots,
+}
+
+impl Slots {
+    /// `share`: micro-batches of this rank.
+    fn reserve<B: Ops>(
+        backend: &B,
+        plan: &mut Plan,
+        network: &Network<B>,
+        config: &Config,
+        meaning: &Meaning,
+        share: usize,
+        micro: MicroBatch,
+        recompute: Recompute,
+    ) -> Self {
+        let (table, optimizer) = (network.table(), &meaning.optimizer);
+        let settings = optimizer.settings(table, &meaning.scaling);
+        let pieces = pieces::cut((0..table.rows.len()).map(|row| table.values(row)), 0..table.arena).len();
+        let depth = if config.batch.micro_batches > 1 { comm::depth(share) } else { 0 };
+        let mut sum = |i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena);
+        Self {
+            sums: (0..depth).map(&mut sum).collect(),
+            state: State::plan(backend, plan, table, Some(optimizer)),
+            gradients: plan.reserve("gradients", backend.gradient(), table.arena),
+            muon: muon_scratch(table, &settings).map(|len| plan.reserve("muon", backend.compute(), len)),
+            partials: plan.reserve("partial sums", DType::F64, pieces + table.rows.len()),
+            small: ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS)),
+            acts: network.plan(backend, plan, micro, Some(recompute)),
+        }
+    }
+}
+
+/// Bytes that training will take, all but the batch itself, for one of `world` ranks.
+pub fn memory<B: Ops>(
+    backend: &B,
+    network: &Network<B>,
+    config: &Config,
+    meaning: &Meaning,
+    world: usize,
+    samples: usize,
+    recompute: Recompute,
+) -> usize {
+    let mut plan = Plan::default();
+    let (share, micro) = (comm::share(config.batch.micro_batches, 0, world), micro_batch(config, &meaning.spec));
+    let micro = MicroBatch { samples, ..micro };
+    Slots::reserve(backend, &mut plan, network, config, meaning, share.len(), micro, recompute);
+    plan.bytes()
+}
+
 /// Size of a micro-batch of a configuration.
 pub fn micro_batch(config: &Config, spec: &Spec) -> MicroBatch {
     MicroBatch { samples: config.batch.size, length: spec.context() }
@@ -406,8 +460,8 @@ fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_,
 }
 
 /// Elements of scratch for Muon's largest matrix; None if no row is Muon's.
-fn muon_scratch<B: Backend>(table: &Table, pieces: &Pieces<B>) -> Option<usize> {
-    let rows = table.rows.iter().zip(&pieces.rows).filter(|(_, settings)| settings.muon != 0);
+fn muon_scratch(table: &Table, settings: &[RowSettings]) -> Option<usize> {
+    let rows = table.rows.iter().zip(settings).filter(|(_, settings)| settings.muon != 0);
     rows.map(|(row, _)| muon::scratch(row.axes[0].size(), row.columns())).max()
 }
 

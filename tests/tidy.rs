@@ -18,16 +18,24 @@ const LAYERS: [&[&str]; 12] = [
     &["upscale"],
     &["trainer"],
     &["run"],
-    &["bench", "quickstart"],
+    &["bench", "quickstart", "selftest"],
     &["commands"],
 ];
 
 /// Files that hold unsafe code; each opens with an `allow` that says why.
-const UNSAFE: [&str; 8] = [
+const UNSAFE: [&str; 16] = [
     "src/backend/cpu/gemm.rs",
     "src/backend/cpu/mod.rs",
     "src/backend/cpu/parallel.rs",
     "src/backend/cpu/stream.rs",
+    "src/backend/cuda/driver.rs",
+    "src/backend/cuda/gemm.rs",
+    "src/backend/cuda/graph.rs",
+    "src/backend/cuda/launch.rs",
+    "src/backend/cuda/library.rs",
+    "src/backend/cuda/mod.rs",
+    "src/backend/cuda/module.rs",
+    "src/backend/cuda/nvrtc.rs",
     "src/checkpoint/disk.rs",
     "src/checkpoint/read.rs",
     "src/data/mapped.rs",
@@ -166,8 +174,9 @@ fn unsafe_code_is_listed_and_argued() {
         let lines: Vec<&str> = text.lines().collect();
         for (i, line) in lines.iter().enumerate() {
             let line = line.split("//").next().unwrap_or_default();
-            // What an unsafe function asks of its callers stands where clippy wants it, in its documentation.
-            if !["unsafe {", "unsafe impl"].iter().any(|word| line.contains(word)) {
+            // What an unsafe function asks of its callers stands where clippy wants it, in its documentation. A macro
+            // makes each call of the driver an unsafe block.
+            if !["unsafe {", "unsafe impl", "cuda!("].iter().any(|word| line.contains(word)) {
                 continue;
             }
             seen.insert(name.clone());
@@ -241,13 +250,33 @@ fn nothing_is_left_undone_or_tied_to_a_machine() {
     none(untidy, "no open ends, no path of one machine, no exception without its reason");
 }
 
-/// Device code has the stem of the operation it belongs to.
+/// Device code has the stem of the operation it belongs to, and perhaps more words.
 #[test]
 fn stems_pair_up() {
     let names: BTreeSet<String> = files().into_keys().collect();
+    let operation =
+        |stem: &str| names.contains(&format!("src/ops/{stem}.rs")) || names.contains(&format!("src/ops/{stem}/mod.rs"));
     let stems = names.iter().filter_map(|name| name.strip_prefix("kernels/")?.strip_suffix(".cu"));
     let alone = stems.filter(|stem| {
-        !names.contains(&format!("src/ops/{stem}.rs")) && !names.contains(&format!("src/ops/{stem}/mod.rs"))
+        let cuts = stem.match_indices('_').map(|(at, _)| at).chain([stem.len()]);
+        !cuts.into_iter().any(|at| operation(&stem[..at]))
     });
     none(alone.map(|stem| format!("kernels/{stem}.cu")).collect(), "a kernel's stem is that of its operation");
+}
+
+/// What the machine is asked for by name lies in one header, which the emulator has a form of; a toolkit's headers are
+/// not there when NVRTC compiles.
+#[test]
+fn kernels_stand_on_one_header() {
+    let mut untidy = Vec::new();
+    for (name, text) in files().into_iter().filter(|(name, _)| name.starts_with("kernels/")) {
+        for (i, line) in text.lines().enumerate() {
+            let code = line.split("//").next().unwrap_or_default();
+            let assembly = ["asm(", "asm volatile", "__asm"].iter().any(|word| code.contains(word));
+            if (assembly && name != "kernels/device.cuh") || code.trim_start().starts_with("#include <") {
+                untidy.push(format!("{name}:{}: {}", i + 1, line.trim()));
+            }
+        }
+    }
+    none(untidy, "inline PTX in kernels/device.cuh alone, no header from elsewhere");
 }

@@ -11,7 +11,7 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::{DType, Result};
-use std::{fmt, marker::PhantomData, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc};
 
 /// The queues of a device. Ops run on [`Stream::Compute`]; collectives and copies may run beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// to step is read from device memory). A device with graphs records it once and replays it afterwards; a CPU
     /// just calls it.
     fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
+
+    /// Returns the profile gathered so far, and goes on gathering or stops. None where there is none, as on devices
+    /// that have profilers of their own.
+    fn profile(&self, _go_on: bool) -> Option<Profile> {
+        None
+    }
 }
+
+/// Time spent in parallel regions, by file and line: how often, and seconds in all.
+pub type Profile = BTreeMap<(&'static str, u32), (u64, f64)>;
 
 /// Every tensor starts on a multiple of this many bytes.
 pub const ALIGNMENT: usize = 256;

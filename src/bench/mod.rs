@@ -1,9 +1,13 @@
-//! Measurements of speed that anyone can repeat: a training step, and widening.
+//! Measurements of speed that anyone can repeat: each op, a training step, and widening.
 
+mod ops;
+mod preset;
 mod train;
 mod upscale;
 
-pub use train::{Place, Preset, TrainSpeed, train};
+pub use ops::{OpSpeed, OpsBench, OpsSpeed, ops};
+pub use preset::Preset;
+pub use train::{Hotspot, TrainBench, TrainSpeed, train};
 pub use upscale::{UpscaleBench, UpscaleSpeed, upscale};
 
 /// The middle value; the upper one of an even number of values. Infinite of none.

@@ -1,16 +1,17 @@
 //! GB/s of widening a checkpoint into memory, by the path that `train` and `upscale` take.
 
-use super::{median, train::meaning};
+use super::{median, preset::meaning};
 use crate::{
     Error, Result,
-    backend::cpu::{Cpu, parallel::RowsMut, stream},
+    backend::Stream,
     checkpoint::{CONFIG, STATE, Writer},
     config::{Moments, NoiseKind, UpscaleConfig},
     machine,
     model::{self, plan::Plan},
     mup::Parametrization,
-    ops::expand::{Expand, Noise},
+    ops::{Ops, expand::Noise},
     rng,
+    run::{Place, Work},
     state::{Meaning, Moment, Position, Progress, State},
     upscale::{self, Growth, Origin},
 };
@@ -35,13 +36,12 @@ pub struct UpscaleBench {
     pub times: usize,
     /// σ of the noise.
     pub noise: f64,
-    /// CPU threads; 0: all cores.
-    pub threads: usize,
     /// Folder in which the narrow checkpoint is made, and removed at the end.
     pub folder: PathBuf,
 }
 
-/// What was measured. GB are 10⁹ bytes of wide weights and both moments, 12 a parameter.
+/// What was measured. GB are 10⁹ bytes of wide weights and both moments, 12 a parameter (14 where weights
+/// have a bf16 copy).
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct UpscaleSpeed {
     /// Parameters of the narrow model.
@@ -67,11 +67,22 @@ pub struct UpscaleSpeed {
 }
 
 /// Makes a narrow checkpoint, widens it four times into the same memory, and removes it.
-pub fn upscale(bench: &UpscaleBench) -> Result<UpscaleSpeed> {
+pub fn upscale(place: Place, bench: &UpscaleBench) -> Result<UpscaleSpeed> {
+    place.run(bench)
+}
+
+impl Work for &UpscaleBench {
+    type Output = UpscaleSpeed;
+
+    fn on<B: Ops>(self, backend: B) -> Result<UpscaleSpeed> {
+        measure(&backend, self)
+    }
+}
+
+fn measure<B: Ops>(backend: &B, bench: &UpscaleBench) -> Result<UpscaleSpeed> {
     fs::create_dir_all(&bench.folder).map_err(Error::io("create", &bench.folder))?;
     let folder = Folder(bench.folder.join(format!("mupscale-bench-{}", std::process::id())));
-    let backend = Cpu::<f32>::new(bench.threads)?;
-    narrow(&backend, bench, &folder.0)?;
+    narrow(backend, bench, &folder.0)?;
 
     let before = machine::anonymous_memory().unwrap_or(0);
     let start = Instant::now();
@@ -86,16 +97,18 @@ pub fn upscale(bench: &UpscaleBench) -> Result<UpscaleSpeed> {
     let growth = Growth::new(&origin.meaning, &config)?;
     let wide = upscale::meaning(&origin.meaning, Some(&growth))?;
     let table = model::table(&wide.spec, &wide.scaling);
-    let mut state = new_state(&backend, &wide)?;
+    let mut state = new_state(backend, &wide)?;
     let mut load = || -> Result<f64> {
         let start = Instant::now();
         let optimizer = Some(&wide.optimizer);
-        upscale::load(&backend, &origin, Some(&growth), &mut state, &wide, optimizer, Moments::Keep)?;
+        upscale::load(backend, &origin, Some(&growth), &mut state, &wide, optimizer, Moments::Keep)?;
+        backend.synchronize(&backend.record(Stream::Compute))?;
         Ok(start.elapsed().as_secs_f64())
     };
     let (times, most) = with_peak(|| (0..4).map(|_| load()).collect::<Result<Vec<f64>>>());
     let times = times?;
-    let bytes = (12 * table.parameters()) as f64;
+    let copy = if backend.master().is_some() { backend.compute().size() } else { 0 };
+    let bytes = ((12 + copy) * table.parameters()) as f64;
     let (first, rest) = (times[0], times[1..].to_vec());
     let best = rest.iter().copied().fold(f64::INFINITY, f64::min);
     let seconds = median(rest);
@@ -108,7 +121,7 @@ pub fn upscale(bench: &UpscaleBench) -> Result<UpscaleSpeed> {
         seconds,
         gb_per_second: bytes / seconds / 1e9,
         gb_per_second_best: bytes / best / 1e9,
-        fill_gb_per_second: fill(&backend, &mut state) / 1e9,
+        fill_gb_per_second: fill(backend, &mut state)? / 1e9,
         anonymous_over_wide: most.map(|most| most.saturating_sub(before) as f64 / bytes),
     })
 }
@@ -124,7 +137,7 @@ impl Drop for Folder {
 }
 
 /// Weights and both moments, zero.
-fn new_state(backend: &Cpu<f32>, meaning: &Meaning) -> Result<State<Cpu<f32>>> {
+fn new_state<B: Ops>(backend: &B, meaning: &Meaning) -> Result<State<B>> {
     let mut plan = Plan::default();
     let table = model::table(&meaning.spec, &meaning.scaling);
     let slots = State::plan(backend, &mut plan, &table, Some(&meaning.optimizer));
@@ -132,7 +145,7 @@ fn new_state(backend: &Cpu<f32>, meaning: &Meaning) -> Result<State<Cpu<f32>>> {
 }
 
 /// Writes a GPT-2 with random weights and moments.
-fn narrow(backend: &Cpu<f32>, bench: &UpscaleBench, dir: &Path) -> Result<()> {
+fn narrow<B: Ops>(backend: &B, bench: &UpscaleBench, dir: &Path) -> Result<()> {
     const HEAD: usize = 64;
     if bench.width == 0 || !bench.width.is_multiple_of(HEAD) {
         return Err(Error::config("--width", bench.width, format!("must be a multiple of {HEAD}, the size of a head")));
@@ -181,20 +194,16 @@ fn with_peak<R>(work: impl FnOnce() -> R) -> (R, Option<usize>) {
     (result, Some(most.into_inner()).filter(|&most| most > 0))
 }
 
-/// Bytes a second at which the weights' memory is overwritten by stores past the caches; the best of three.
-fn fill(backend: &Cpu<f32>, state: &mut State<Cpu<f32>>) -> f64 {
-    const BLOCK: usize = 1 << 12;
-    let source = [1.0f32; BLOCK];
-    let weights = state.weights.view_mut().into_slice::<f32>();
-    let best = (0..3).map(|_| {
+/// Bytes a second at which the weights' memory is filled with one value; the best of three.
+fn fill<B: Ops>(backend: &B, state: &mut State<B>) -> Result<f64> {
+    let weights = state.updated_mut();
+    let bytes = weights.len() * weights.dtype().size();
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
         let start = Instant::now();
-        backend.pool().for_rows(RowsMut::new(weights, 1), 1 << 16, |_, part| {
-            stream::past_caches(|stores| {
-                part.chunks_mut(BLOCK).for_each(|block| stores.copy(block, &source[..block.len()]));
-            });
-        });
-        start.elapsed().as_secs_f64()
-    });
-    let best = best.fold(f64::INFINITY, f64::min);
-    (weights.len() * 4) as f64 / best
+        backend.fill(weights.view_mut(), 0, 1.0, None);
+        backend.synchronize(&backend.record(Stream::Compute))?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(bytes as f64 / best)
 }

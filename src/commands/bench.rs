@@ -3,32 +3,63 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, Preset, UpscaleBench},
-    report::human,
+    bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
+    model::decoder::Recompute,
+    report::{human, table::Table},
+    run::Place,
 };
 use std::path::PathBuf;
 
 /// Benchmarks.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Time a training step of a small GPT-2 on random tokens
+    /// Time every op at the sizes of a model, beside what the device reaches on a copy and a large product
+    Ops(OpsArgs),
+    /// Time a training step on random tokens
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
 }
 
+/// Arguments of `bench ops`.
+#[derive(clap::Args)]
+pub struct OpsArgs {
+    /// The model whose sizes are taken
+    #[arg(long, default_value = "w256")]
+    preset: Preset,
+    /// Sequences of a micro-batch; 0: the preset's own
+    #[arg(long, default_value_t = 0)]
+    batch: usize,
+    /// Only ops whose name contains this
+    #[arg(long, default_value = "")]
+    only: String,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 /// Arguments of `bench train`.
 #[derive(clap::Args)]
 pub struct TrainArgs {
-    /// Model and device
-    #[arg(long, default_value = "cpu-w256")]
+    /// The model
+    #[arg(long, default_value = "w256")]
     preset: Preset,
-    /// Steps to time, after 3 that are not
+    /// Sequences of a micro-batch; 0: the preset's own
+    #[arg(long, default_value_t = 0)]
+    batch: usize,
+    /// Steps to time, after 5 that are not
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    /// What backward computes again
+    #[arg(long, default_value = "none")]
+    recompute: Recompute,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// On a GPU, launch every kernel by itself
+    #[arg(long)]
+    eager: bool,
     /// Measure where a step's time goes, too
     #[arg(long)]
     profile: bool,
@@ -55,9 +86,8 @@ pub struct UpscaleArgs {
     /// σ of the noise
     #[arg(long, value_name = "σ", default_value_t = 0.1)]
     noise: f64,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: super::PlaceArgs,
     /// Folder for the narrow checkpoint (1.5 GB by default), which is removed at the end; the system's temporary
     /// folder if left out
     #[arg(long, value_name = "DIR")]
@@ -69,13 +99,33 @@ pub struct UpscaleArgs {
 
 pub fn run(command: Command) -> Result<()> {
     match command {
+        Command::Ops(args) => ops(args),
         Command::Train(args) => train(args),
         Command::Upscale(args) => upscale(args),
     }
 }
 
+fn ops(args: OpsArgs) -> Result<()> {
+    let OpsArgs { preset, batch, only, place, json } = args;
+    let speed = bench::ops(place.place(), OpsBench { preset, batch, only })?;
+    if json {
+        return print_json(&speed);
+    }
+    let (copy, product) = (speed.copy_gb_per_second, speed.product_tflops);
+    say!("{}: a copy reaches {copy:.0} GB/s, a large product {product:.2} TFLOP/s", speed.device)?;
+    let mut table = Table::new(["op", "ms", "GB/s", "TFLOP/s", "share"]);
+    for op in &speed.ops {
+        let share = format!("{:.0} %", op.share * 100.0);
+        let number = |x: f64, digits: usize| format!("{x:.digits$}");
+        table.row([op.name.clone(), number(op.ms, 4), number(op.gb_per_second, 1), number(op.tflops, 3), share]);
+    }
+    super::print(table)
+}
+
 fn train(args: TrainArgs) -> Result<()> {
-    let speed = bench::train(args.preset, args.steps as usize, args.threads, args.profile)?;
+    let TrainArgs { preset, batch, steps, recompute, profile, .. } = args;
+    let bench = TrainBench { preset, batch, steps: steps as usize, recompute, profile };
+    let speed = bench::train(Place { eager: args.eager, ..args.place.place() }, bench)?;
     if args.json {
         return print_json(&speed);
     }
@@ -96,15 +146,15 @@ fn train(args: TrainArgs) -> Result<()> {
 }
 
 fn upscale(args: UpscaleArgs) -> Result<()> {
-    let speed = bench::upscale(&UpscaleBench {
+    let bench = UpscaleBench {
         width: args.width,
         layers: args.layers,
         vocab: args.vocab,
         times: args.times,
         noise: args.noise,
-        threads: args.threads,
         folder: args.folder.unwrap_or_else(std::env::temp_dir),
-    })?;
+    };
+    let speed = bench::upscale(args.place.place(), &bench)?;
     if args.json {
         return print_json(&speed);
     }

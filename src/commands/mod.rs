@@ -117,7 +117,7 @@ fn print(text: impl Display) -> Result<()> {
     write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("write", "standard output"))
 }
 
-/// Where to compute, as options of a command that reads a checkpoint.
+/// Where to compute, as options of a command.
 #[derive(clap::Args)]
 struct PlaceArgs {
     /// Where to compute
@@ -136,7 +136,12 @@ impl PlaceArgs {
     fn for_weights(&self, stored: DType) -> Place {
         let f64_as_stored = self.precision == Precision::Auto && stored == DType::F64 && self.device != Device::Cuda;
         let precision = if f64_as_stored { Precision::F64 } else { self.precision };
-        Place { device: self.device, precision, threads: self.threads, eager: false }
+        Place { precision, ..self.place() }
+    }
+
+    /// The place as it was asked for.
+    fn place(&self) -> Place {
+        Place { device: self.device, precision: self.precision, threads: self.threads, eager: false }
     }
 }
 

@@ -23,9 +23,8 @@ pub struct Args {
     /// Replace what an earlier quickstart left in that folder
     #[arg(long)]
     force: bool,
-    /// CPU threads; 0: all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: super::PlaceArgs,
     /// Seed of the corpus, the models and the order of the data
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -54,7 +53,7 @@ pub fn run(args: Args) -> Result<()> {
         text: args.text,
         out: args.out,
         force: args.force,
-        threads: args.threads,
+        place: args.place.place(),
         seed: args.seed,
         program: std::env::args().next().unwrap_or_else(|| "mupscale".into()),
     };

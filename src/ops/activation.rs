@@ -1,5 +1,7 @@
 //! Activations of the MLP: GELU (arXiv 1606.08415; tanh form and exact), ReLU, and SwiGLU (arXiv 2002.05202).
 
+mod cuda;
+
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},

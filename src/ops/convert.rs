@@ -1,6 +1,7 @@
-//! The float types that tensors are stored in, for the CPU's ops that take any of them.
+//! The float types that tensors are stored in, for the ops that take any of them.
 
 use crate::{
+    DType,
     backend::cpu::{Element, Real},
     dtype::round_to_odd,
 };
@@ -79,6 +80,17 @@ impl Float for f16 {
     #[inline(always)]
     fn round(value: f32) -> Self {
         Self::from_f32(value)
+    }
+}
+
+/// The number by which kernels know a float type (kernels/types.cuh).
+pub(super) fn tag(dtype: DType) -> u32 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F32 => 1,
+        DType::BF16 => 2,
+        DType::F16 => 3,
+        other => panic!("{other:?} is not a float type"),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Token and position embeddings.
 
+mod cuda;
+
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},

@@ -2,6 +2,8 @@
 //! is expansion with the map "repeat"; loading a checkpoint is expansion with the identity; initial values are noise
 //! alone; other growth operators are other maps.
 
+mod cuda;
+
 use super::{
     convert::{Float, with_float},
     gradient::square_sum,

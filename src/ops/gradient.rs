@@ -1,6 +1,8 @@
 //! What happens to losses and gradients between backward and the optimizer: sums over micro-steps, the global norm,
 //! clipping, and the decision to skip a step that is not finite.
 
+mod cuda;
+
 use super::{
     convert::{Float, with_float},
     pieces::Pieces,

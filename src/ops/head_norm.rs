@@ -1,5 +1,7 @@
 //! RMSNorm of each query and key head with one gain for all query heads and one for all key heads (Qwen3).
 
+mod cuda;
+
 use super::{attention::HeadShape, norm::add_up};
 use crate::backend::{
     Backend, Mut, Ref,

@@ -3,6 +3,8 @@
 mod column_sums;
 mod cuda;
 
+pub(super) use column_sums::column_sums;
+
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{

@@ -1,9 +1,11 @@
 //! Muon: momentum orthogonalised by Newton–Schulz (Jordan et al., kellerjordan.github.io/posts/muon), for hidden
 //! matrices.
 
+mod cuda;
+
 use super::{gradient::square_sum, optimizer::Step, pieces::RowSettings};
 use crate::backend::{
-    Backend, Mut, Ref,
+    ALIGNMENT, Backend, Mut, Ref,
     cpu::{
         Cpu, Pool, Real,
         gemm::gemm_on,
@@ -34,7 +36,12 @@ pub struct MuonMatrix<'a, B: Backend> {
 /// squares of its smaller side.
 pub fn scratch(rows: usize, columns: usize) -> usize {
     let small = rows.min(columns);
-    2 * rows * columns + 2 * small * small
+    2 * on_border(rows * columns) + 2 * on_border(small * small)
+}
+
+/// Elements rounded up, so that what follows them starts on a border as a tensor does, whatever its type.
+fn on_border(len: usize) -> usize {
+    len.next_multiple_of(ALIGNMENT / 2)
 }
 
 /// Muon's update.
@@ -57,9 +64,9 @@ const TASK: usize = 1 << 14;
 /// Factor on the first moment.
 const MOMENTUM: f64 = 0.95;
 /// Newton-Schulz steps.
-const STEPS: usize = 5;
+pub(crate) const STEPS: usize = 5;
 /// a, b, c of a step.
-const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
+pub(crate) const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
 impl<F: Real> Muon for Cpu<F> {
     fn muon(
@@ -129,7 +136,7 @@ fn orthogonalise<'a, F: Real>(
     // A matrix with more rows than columns is taken transposed, by its strides.
     let (small, large) = (rows.min(columns), rows.max(columns));
     let (down, along) = if rows > columns { (1, columns) } else { (columns, 1) };
-    let (a, b) = squares.split_at_mut(small * small);
+    let (a, b) = squares[..2 * small * small].split_at_mut(small * small);
     let [c1, c3, c5] = QUINTIC.map(F::from_f64);
     let (zero, one, square) = (F::ZERO, F::ONE, (small, 1));
     for _ in 0..STEPS {

@@ -1,6 +1,8 @@
 //! Elementwise optimizers over all parameters at once: SGD, Adam (arXiv 1412.6980), AdamW (1711.05101), Lion
 //! (2302.06675). Each row comes with its own learning-rate factor, weight decay and epsilon (see [`crate::mup`]).
 
+mod cuda;
+
 use super::{
     pieces::{Pieces, RowSettings, for_pieces},
     scalars::Scalar,

@@ -1,5 +1,7 @@
 //! Rotary position embedding (RoPE, arXiv 2104.09864), in the rotate-half form of Llama.
 
+mod cuda;
+
 use super::attention::HeadShape;
 use crate::backend::{
     Backend, Mut, Ref,

@@ -19,6 +19,7 @@ pub mod recipe;
 
 use crate::{
     Error, Result,
+    config::Precision,
     data::{
         Tokenizer,
         dataset::{DatasetInfo, SplitKind},
@@ -28,7 +29,7 @@ use crate::{
         tokenize::{self, OnProgress, TokenizeOptions, train_tokenizer},
     },
     report::progress::Show,
-    run,
+    run::{self, Place},
 };
 use comparison::{Equivalence, RunSummary, Summary};
 use recipe::{Layout, Recipe, Shared, WIDTH};
@@ -62,8 +63,8 @@ pub struct Options {
     pub out: PathBuf,
     /// Replace what an earlier quickstart left in `out`.
     pub force: bool,
-    /// CPU threads; 0: all cores.
-    pub threads: usize,
+    /// Where the models are trained, and in which type.
+    pub place: Place,
     /// Seed of everything.
     pub seed: u64,
     /// How the program was called, for the commands that are printed.
@@ -140,7 +141,7 @@ impl Quickstart<'_> {
         let own_text = self.options.text.is_some();
         let shared = Shared {
             seed: self.options.seed,
-            threads: self.options.threads,
+            place: self.options.place,
             validation_batches: if own_text { TEXT_VALIDATION_BATCHES } else { 0 },
         };
         self.write(MARK, &recipe::base(self.recipe, &self.layout, shared)?)?;
@@ -236,7 +237,10 @@ impl Quickstart<'_> {
         let folder = |name: &str| self.layout.path("equivalence").join(name);
         for (name, width) in [("narrow", 1), ("wide", WIDTH)] {
             let run = folder(name);
+            // In bf16 each weight's rounding would be seen, not the exactness of widening.
+            let precision = if self.options.place.precision == Precision::F64 { "f64" } else { "f32" };
             let sets = [
+                format!("precision={precision}"),
                 format!("run={}", toml::Value::String(Layout::text(&run)?.into())),
                 format!("steps={steps}"),
                 format!("init.upscale.width={width}"),

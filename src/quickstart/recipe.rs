@@ -1,6 +1,6 @@
 //! The sizes of the quickstart, and the configurations that they become.
 
-use crate::{Error, Result};
+use crate::{Error, Result, run::Place};
 use std::path::{Path, PathBuf};
 
 /// Everything that distinguishes a size of the quickstart. Lengths are in tokens, durations in steps.
@@ -113,8 +113,8 @@ impl Layout {
 pub struct Shared {
     /// Seed of initial values, order and noise.
     pub seed: u64,
-    /// CPU threads; 0: all cores.
-    pub threads: usize,
+    /// Where the models are trained, and in which type.
+    pub place: Place,
     /// Micro-batches of a validation; 0: all held-out data.
     pub validation_batches: usize,
 }
@@ -161,13 +161,16 @@ fn second_seed(shared: Shared) -> u64 {
 
 /// The part of a configuration that does not depend on how the run starts.
 fn head(recipe: &Recipe, layout: &Layout, shared: Shared, run: &str, steps: u64, order: u64) -> Result<String> {
-    let Shared { seed, threads, validation_batches } = shared;
+    let Shared { seed, place, validation_batches } = shared;
+    let (device, precision, threads) = (name(place.device), name(place.precision), place.threads);
     let (run, data) = (layout.toml(run)?, layout.toml("data")?);
     let (batch, every) = (recipe.batch, recipe.validate_every);
     Ok(format!(
         "run = {run}
 steps = {steps}
 seed = {seed}
+device = \"{device}\"
+precision = \"{precision}\"
 threads = {threads}  # 0: all cores
 
 [data]
@@ -188,6 +191,11 @@ batches = {validation_batches}  # 0: all held-out data
 ",
         warmup = steps / 20
     ))
+}
+
+/// How a choice is written.
+fn name(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
 
 fn model(recipe: &Recipe, times: usize) -> String {

@@ -12,14 +12,14 @@ use crate::{
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
     machine::{self, size},
-    model::{Network, decoder::Recompute, plan::Plan},
+    model::{Network, decoder::Recompute},
     ops::Ops,
     report::{
         metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress, Show},
     },
-    state::{Meaning, Position, Progress as Saved, State},
-    trainer::{Bad, StepResult, Trainer, micro_batch},
+    state::{Meaning, Position, Progress as Saved},
+    trainer::{self, Bad, StepResult, Trainer},
     upscale,
 };
 use std::{
@@ -118,14 +118,7 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
-    let need = |recompute, samples: usize| {
-        let mut plan = Plan::default();
-        State::plan(backend, &mut plan, network.table(), Some(&meaning.optimizer));
-        plan.reserve("gradients", backend.gradient(), network.table().arena);
-        let micro = crate::model::MicroBatch { samples, ..micro_batch(config, &meaning.spec) };
-        network.plan(backend, &mut plan, micro, Some(recompute));
-        plan.bytes()
-    };
+    let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, 1, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
         return Ok(recompute);

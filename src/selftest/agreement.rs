@@ -62,6 +62,17 @@ impl<'a> Agreement<'a> {
         drawn.into_iter().map(|x| round(f64::from(x) * deviation, self.cuda.compute())).collect()
     }
 
+    /// A number rounded to the device's compute type.
+    pub fn rounded(&self, x: f64) -> f64 {
+        round(x, self.cuda.compute())
+    }
+
+    /// Checks that each element is, bit for bit, the first of the `copies` that it belongs to. One row of the table.
+    pub fn compare_copies(&mut self, name: impl Into<String>, got: &[f64], copies: usize) {
+        let first: Vec<f64> = got.iter().step_by(copies).copied().collect();
+        self.compare(name, got, &repeated(&first, copies), |_| 0.0);
+    }
+
     /// Compares outputs: |got − wanted| ≤ bound(i) for every element i; what is not finite must be the same. One row of
     /// the table.
     pub fn compare(&mut self, name: impl Into<String>, got: &[f64], wanted: &[f64], bound: impl Fn(usize) -> f64) {
@@ -88,12 +99,17 @@ impl<'a> Agreement<'a> {
     }
 }
 
+/// Values of which each stands `copies` times in a row: what a widened model has.
+pub fn repeated(values: &[f64], copies: usize) -> Vec<f64> {
+    values.iter().flat_map(|&x| std::iter::repeat_n(x, copies)).collect()
+}
+
 /// See [`Agreement::rounding`].
 pub fn rounding(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 2f64.powi(-53),
         DType::F32 => 2f64.powi(-24),
-        DType::BF16 => 2f64.powi(-9),
+        DType::BF16 => 2f64.powi(-8),
         other => panic!("{other} has no rounding of ours"),
     }
 }

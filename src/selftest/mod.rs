@@ -3,8 +3,19 @@
 //! Every op runs on the device and, in f64, on the CPU, with the same inputs (rounded to the device's compute type), and
 //! each element's difference must be within a bound that follows from the type's rounding and from what is summed.
 
+mod activation;
 mod agreement;
+mod attention;
+mod embedding;
+mod expand;
+mod gradient;
+mod head;
+mod head_norm;
 mod linear;
+mod muon;
+mod norm;
+mod optimizer;
+mod rotary;
 
 pub use agreement::{Agreement, Row};
 
@@ -13,7 +24,20 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by the op's name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 1] = [("linear", linear::check)];
+const CHECKS: [(&str, Check); 12] = [
+    ("activation", activation::check),
+    ("attention", attention::check),
+    ("embedding", embedding::check),
+    ("expand", expand::check),
+    ("gradient", gradient::check),
+    ("head", head::check),
+    ("head_norm", head_norm::check),
+    ("linear", linear::check),
+    ("muon", muon::check),
+    ("norm", norm::check),
+    ("optimizer", optimizer::check),
+    ("rotary", rotary::check),
+];
 
 /// Compares the ops whose name contains `only`.
 pub fn ops(cuda: &Cuda, only: &str) -> Result<Vec<Row>> {

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use mupscale::{
+    DType,
     feed::HostBatch,
     model::{Network, Weights, decoder::Generator},
 };
@@ -21,7 +22,8 @@ fn cached_logits_are_those_of_training() {
         let meaning = meaning(&config);
         let mut trainer = trainer(cpu(), &config, &meaning);
         let count = 2 * meaning.spec.context();
-        let mut batch = HostBatch { inputs: vec![0; count * 4], targets: vec![0; count], first_key: None };
+        let mut batch =
+            HostBatch { dtype: DType::I32, inputs: vec![0; count * 4], targets: vec![0; count], first_key: None };
         samples(&config, &meaning.spec, mupscale::DType::F64).train(0, &mut batch);
         let inputs: Vec<i32> = bytemuck::pod_collect_to_vec(&batch.inputs);
 

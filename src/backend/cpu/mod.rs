@@ -196,6 +196,10 @@ impl<F: Real> Backend for Cpu<F> {
     fn captured(&self, (): &mut (), work: impl FnOnce() -> Result<()>) -> Result<()> {
         work()
     }
+
+    fn profile(&self, go_on: bool) -> Option<super::Profile> {
+        self.pool.profile(go_on)
+    }
 }
 
 /// A Rust type whose slices the CPU's ops work on.

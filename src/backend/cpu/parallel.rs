@@ -11,7 +11,6 @@
 
 use std::{
     cell::{Cell, RefCell, UnsafeCell},
-    collections::BTreeMap,
     marker::PhantomData,
     ops::Range,
     panic::{AssertUnwindSafe, Location, catch_unwind},
@@ -23,6 +22,7 @@ use std::{
     time::Instant,
 };
 
+use crate::backend::Profile;
 use bytemuck::{Pod, Zeroable};
 
 /// An idle thread looks for work this often with a pause between; then, up to look `YIELDS`, it yields the core;
@@ -57,9 +57,6 @@ pub struct Pool {
     /// What regions took, while somebody wants to know.
     profile: Mutex<Option<Profile>>,
 }
-
-/// Calls and seconds of regions, by the place in the source that opened them.
-pub type Profile = BTreeMap<(&'static str, u32), (u64, f64)>;
 
 struct Shared {
     state: AtomicU64,

@@ -30,6 +30,12 @@ impl Launch {
         Self { grid: [x, y, z].map(|n| n.max(1) as u32), threads: 256, shared: 0 }
     }
 
+    /// Rows along the grid's x, and the `pieces` of a row, one a thread, along its y and in blocks of up to 256 threads.
+    pub fn pieces(rows: usize, pieces: usize) -> Self {
+        let parts = pieces.div_ceil(256);
+        Self::grid(rows, parts, 1).threads(warps(pieces.div_ceil(parts)))
+    }
+
     /// Blocks of this many threads.
     pub fn threads(self, threads: u32) -> Self {
         Self { threads, ..self }
@@ -38,6 +44,37 @@ impl Launch {
     /// Adds shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes as u32, ..self }
+    }
+}
+
+/// Threads in whole warps.
+pub fn warps(threads: usize) -> u32 {
+    threads.next_multiple_of(32) as u32
+}
+
+/// How rows of `pieces`, one a thread, are shared out where a block goes through many rows: a team of whole warps has a
+/// row, or one of its equal parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Teams {
+    /// Teams of a block, each with rows of its own.
+    pub teams: usize,
+    /// Warps of a team.
+    pub warps: usize,
+    /// Parts of a row, along the grid's y.
+    pub parts: usize,
+}
+
+impl Teams {
+    /// Teams in blocks of at most `warps` warps.
+    pub fn new(pieces: usize, warps: usize) -> Self {
+        let parts = pieces.div_ceil(32 * warps);
+        let of_team = pieces.div_ceil(32 * parts);
+        Self { teams: warps / of_team, warps: of_team, parts }
+    }
+
+    /// Blocks of them.
+    pub fn launch(self, blocks: usize) -> Launch {
+        Launch::grid(blocks, self.parts, 1).threads((32 * self.warps * self.teams) as u32)
     }
 }
 

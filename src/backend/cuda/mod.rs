@@ -24,7 +24,7 @@ pub use driver::{Event, Properties};
 pub use graph::Graph;
 pub(crate) use {
     gemm::Matrix,
-    launch::{Launch, kernels},
+    launch::{Launch, Teams, kernels, warps},
 };
 
 use super::{ALIGNMENT, Address, Backend, HostBuffer, Mut, Ref, Staging, Stream, Tensor, aligned};
@@ -118,9 +118,9 @@ impl Cuda {
         self.options
     }
 
-    /// Streaming multiprocessors: how many blocks fill the GPU once.
-    pub(crate) fn multiprocessors(&self) -> usize {
-        self.properties.multiprocessors as usize
+    /// Elements of the compute type in 16 bytes, which a thread reads and writes at once: kernels' WIDE<real>.
+    pub(crate) fn piece(&self) -> usize {
+        16 / self.options.compute.size()
     }
 
     /// Bytes of shared memory that a block can ask for.

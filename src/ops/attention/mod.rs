@@ -1,6 +1,7 @@
 //! Causal attention with grouped key/value heads; T × T scores never exist in memory.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 

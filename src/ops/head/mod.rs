@@ -2,6 +2,7 @@
 //! never exist at once, and turned into their gradient where they lie.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 

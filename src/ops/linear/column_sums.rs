@@ -1,8 +1,42 @@
 //! Sums over the rows of a matrix: the gradient of a bias.
 
-use crate::backend::{Mut, Ref, cuda::Cuda};
+use crate::{
+    DType,
+    backend::{
+        Backend, Mut, Ref,
+        cuda::{Cuda, Launch, kernels},
+    },
+};
 
-/// out[c] = Σ over rows of x[r, c]; out is f32, x of the compute type. In a fixed order.
-pub(in crate::ops) fn column_sums(_: &Cuda, _: Mut<'_, Cuda>, _: Ref<'_, Cuda>, _: usize, _: usize) {
-    unimplemented!("kernels/linear.cu comes with the next commit")
+kernels! { "linear":
+    NAMED partial_column_sums(partials: Mut, x: Ref, rows: u64, columns: u32, rows_per_block: u32, wide: u32);
+    NAMED add_partials(out: Mut, partials: Ref, rows: u32, columns: u32, add: u32);
+}
+
+/// Rows of a partial sum: by the shape alone, so that results do not depend on the device.
+const ROWS: usize = 128;
+/// Threads of a block side by side.
+const ACROSS: usize = 32;
+
+/// out[c] = Σ over rows of x[r, c], or with `add` out[c] += that; out is f32, x of the compute type, on a border of 16
+/// bytes. In a fixed order, the same for all columns.
+pub(in crate::ops) fn column_sums(
+    cuda: &Cuda,
+    out: Mut<'_, Cuda>,
+    x: Ref<'_, Cuda>,
+    rows: usize,
+    columns: usize,
+    add: bool,
+) {
+    assert!(x.dtype() == cuda.compute() && x.len() == rows * columns && out.dtype() == DType::F32);
+    let pack = 16 / x.dtype().size();
+    let wide = columns.is_multiple_of(pack);
+    let (across, blocks) = (if wide { ACROSS * pack } else { ACROSS }, rows.div_ceil(ROWS));
+    // Rows beyond what a grid can have side by side would be a batch of eight million tokens.
+    let launch = Launch::grid(columns.div_ceil(across), blocks, 1);
+    let mut partials = cuda.workspace(DType::F32, blocks * columns);
+    let (x_rows, columns_u32, wide) = (rows as u64, columns as u32, u32::from(wide));
+    partial_column_sums(cuda, launch, partials.reborrow(), x, x_rows, columns_u32, ROWS as u32, wide);
+    let launch = Launch::blocks(columns.div_ceil(ACROSS));
+    add_partials(cuda, launch, out, partials.as_ref(), blocks as u32, columns_u32, u32::from(add));
 }

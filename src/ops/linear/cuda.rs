@@ -38,7 +38,7 @@ impl Linear for Cuda {
         let (left, right) = (Matrix::new(dy, outputs).transposed(), Matrix::new(x, inputs));
         self.gemm((dweight, inputs), left, right, [outputs, inputs, rows], (1.0, 0.0), None);
         if let Some(dbias) = dbias {
-            super::column_sums::column_sums(self, dbias, dy, rows, outputs);
+            super::column_sums(self, dbias, dy, rows, outputs, false);
         }
     }
 }

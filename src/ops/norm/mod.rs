@@ -1,10 +1,12 @@
 //! LayerNorm (arXiv 1607.06450) and RMSNorm (arXiv 1910.07467), fused with the residual add before them.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 pub(super) use cpu::add_up;
+pub(super) use cuda::add_up_partials;
 
 use crate::backend::{Backend, Mut, Ref};
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,144 @@
+//! The readout on a GPU: chunks of logits by cuBLASLt, a pass that makes their losses and turns them into gradients, and
+//! the products with those.
+
+use super::{Head, ReadoutGradients, ReadoutShape};
+use crate::{
+    DType,
+    backend::{
+        ALIGNMENT, Backend, Mut, Ref,
+        cuda::{Cuda, Launch, Matrix, kernels},
+    },
+    ops::linear::column_sums,
+};
+
+kernels! { "head":
+    NAMED cross_entropy(
+        losses: Mut, logits: Mut, targets: Ref, classes: u32, padded: u32, cached: u32, gradients: u32, scale: f32,
+    );
+    NAMED counted_rows(to: Mut, from: Ref, targets: Ref, width: u32);
+}
+
+/// Bytes of a chunk's logits. Every chunk reads and writes the gradient of the weight once more, so that chunks are
+/// better large.
+const CHUNK_BYTES: usize = 512 << 20;
+/// Tokens of a chunk, at the most: a product with more of them is no faster.
+const CHUNK_TOKENS: usize = 16_384;
+/// Chunks are whole tiles of a product, and start on a border.
+const TILE: usize = 128;
+
+/// Tokens of a chunk: all chunks but the last are equal.
+fn chunk(shape: ReadoutShape, compute: DType) -> usize {
+    let most = (CHUNK_BYTES / (shape.padded * compute.size())).clamp(1, CHUNK_TOKENS);
+    shape.rows.div_ceil(shape.rows.div_ceil(most).max(1)).next_multiple_of(TILE)
+}
+
+/// Elements of a chunk's logits, rounded up so that what follows them starts on a border.
+fn logits_len(tokens: usize, shape: ReadoutShape) -> usize {
+    (tokens * shape.padded).next_multiple_of(ALIGNMENT / 2)
+}
+
+impl Head for Cuda {
+    fn cross_entropy_scratch(&self, shape: ReadoutShape) -> usize {
+        let tokens = chunk(shape, self.compute()).min(shape.rows);
+        logits_len(tokens, shape) + tokens * shape.width
+    }
+
+    fn cross_entropy(
+        &self,
+        losses: Mut<'_, Self>,
+        gradients: Option<ReadoutGradients<'_, Self>>,
+        scratch: Mut<'_, Self>,
+        x: Ref<'_, Self>,
+        weight: Ref<'_, Self>,
+        bias: Option<Ref<'_, Self>>,
+        targets: Ref<'_, Self>,
+        shape: ReadoutShape,
+    ) {
+        let (ReadoutShape { rows, width, padded, .. }, mut losses, mut gradients) = (shape, losses, gradients);
+        let chunk = chunk(shape, self.compute());
+        let (mut logits, mut counted) = scratch.split(logits_len(chunk.min(rows), shape));
+        for start in (0..rows).step_by(chunk) {
+            let tokens = start..rows.min(start + chunk);
+            let (x, targets) = (x.slice(tokens.start * width..tokens.end * width), targets.slice(tokens.clone()));
+            let mut logits = logits.reborrow().slice(0..tokens.len() * padded);
+            self.chunk_logits((logits.reborrow(), padded), x, weight, bias, shape);
+            let losses = losses.reborrow().slice(tokens.clone());
+            let scale = gradients.as_ref().map(|gradients| gradients.scale);
+            self.chunk_losses(losses, logits.reborrow(), targets, shape, scale);
+            if let Some(gradients) = &mut gradients {
+                let mut counted = counted.reborrow().slice(0..x.len());
+                let launch = Launch::blocks(tokens.len());
+                counted_rows(self, launch, counted.reborrow(), x, targets, width as u32);
+                self.chunk_gradients(gradients, start, logits.as_ref(), counted.as_ref(), weight, shape);
+            }
+        }
+    }
+
+    fn logits(
+        &self,
+        logits: Mut<'_, Self>,
+        x: Ref<'_, Self>,
+        weight: Ref<'_, Self>,
+        bias: Option<Ref<'_, Self>>,
+        shape: ReadoutShape,
+    ) {
+        self.chunk_logits((logits, shape.classes), x, weight, bias, shape);
+    }
+}
+
+impl Cuda {
+    /// The logits of as many classes as a row of them has elements.
+    fn chunk_logits(
+        &self,
+        (logits, columns): (Mut<'_, Self>, usize),
+        x: Ref<'_, Self>,
+        weight: Ref<'_, Self>,
+        bias: Option<Ref<'_, Self>>,
+        ReadoutShape { width, scale, .. }: ReadoutShape,
+    ) {
+        let (size, weight) = ([x.len() / width, columns, width], Matrix::new(weight, width).transposed());
+        self.gemm((logits, columns), Matrix::new(x, width), weight, size, (scale, 0.0), bias);
+    }
+
+    /// Losses; with the factor on a token's loss the logits become their gradients.
+    fn chunk_losses(
+        &self,
+        losses: Mut<'_, Self>,
+        logits: Mut<'_, Self>,
+        targets: Ref<'_, Self>,
+        ReadoutShape { classes, padded, .. }: ReadoutShape,
+        scale: Option<f64>,
+    ) {
+        let size = self.compute().size();
+        let pack = if padded.is_multiple_of(16 / size) { 16 / size } else { 1 };
+        let threads = padded.div_ceil(pack).next_multiple_of(32).min(512) as u32;
+        // So much that two blocks fit on a multiprocessor, with what the driver and the kernel take themselves.
+        let most = (self.shared_limit() / 2 - 2048) / size / pack * pack;
+        let cached = if scale.is_some() { padded.min(most) } else { 0 };
+        let launch = Launch::blocks(targets.len()).threads(threads).shared(cached * size);
+        let (gradients, scale) = (u32::from(scale.is_some()), scale.unwrap_or(0.0) as f32);
+        let (classes, padded, cached) = (classes as u32, padded as u32, cached as u32);
+        cross_entropy(self, launch, losses, logits, targets, classes, padded, cached, gradients, scale);
+    }
+
+    /// From the gradients of a chunk's logits: dx, and what the chunk, whose first token is `start`, adds to the others.
+    fn chunk_gradients(
+        &self,
+        gradients: &mut ReadoutGradients<'_, Self>,
+        start: usize,
+        dlogits: Ref<'_, Self>,
+        x: Ref<'_, Self>,
+        weight: Ref<'_, Self>,
+        ReadoutShape { width, padded, scale, .. }: ReadoutShape,
+    ) {
+        let (tokens, left) = (x.len() / width, Matrix::new(dlogits, padded));
+        let dx = gradients.dx.reborrow().slice(start * width..(start + tokens) * width);
+        self.gemm((dx, width), left, Matrix::new(weight, width), [tokens, width, padded], (scale, 0.0), None);
+        let (dweight, add) = (gradients.dweight.reborrow(), start > 0);
+        let (size, factors) = ([padded, width, tokens], (scale, f64::from(u8::from(add))));
+        self.gemm((dweight, width), left.transposed(), Matrix::new(x, width), size, factors, None);
+        if let Some(dbias) = &mut gradients.dbias {
+            column_sums(self, dbias.reborrow(), dlogits, tokens, padded, add);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Elementwise optimizers on a GPU: one launch for all parameters, and one for the sums of their changes.
+
+use super::{Arenas, Method, Optimizer};
+use crate::{
+    DType,
+    backend::{
+        Mut, Ref,
+        cuda::{Cuda, Launch, kernels},
+    },
+    ops::pieces::Pieces,
+};
+
+kernels! { "optimizer":
+    NAMED sgd(
+        weights: Mut, master: Option<Mut>, first: Option<Mut>, gradients: Ref, chunks: Mut, scalars: Ref, pieces: Ref,
+        rows: Ref, momentum: f64, dampening: f64, nesterov: u32,
+    );
+    NAMED adam(
+        weights: Mut, master: Option<Mut>, first: Mut, second: Mut, maximum: Option<Mut>, gradients: Ref, chunks: Mut,
+        scalars: Ref, pieces: Ref, rows: Ref, beta1: f64, beta2: f64, coupled: u32,
+    );
+    NAMED lion(
+        weights: Mut, master: Option<Mut>, first: Mut, gradients: Ref, chunks: Mut, scalars: Ref, pieces: Ref,
+        rows: Ref, beta1: f64, beta2: f64,
+    );
+    NAMED sum_chunks(partials: Mut, chunks: Ref, count: u32);
+}
+
+/// Blocks that share a piece, and leave a sum each.
+const CHUNKS: usize = 8;
+
+impl Optimizer for Cuda {
+    fn update(
+        &self,
+        arenas: Arenas<'_, Self>,
+        partials: Mut<'_, Self>,
+        scalars: Ref<'_, Self>,
+        pieces: &Pieces<Self>,
+        method: Method,
+    ) {
+        let Arenas { weights, master, first, second, maximum, gradients } = arenas;
+        let count = pieces.list.len();
+        assert!(partials.len() == count && gradients.dtype() == DType::F32);
+        assert!(master.is_some() || weights.dtype() == DType::F32, "weights of {} need a master copy", weights.dtype());
+        if count == 0 {
+            return;
+        }
+        let mut sums = self.workspace(DType::F64, count * CHUNKS);
+        let (launch, chunks) = (Launch::blocks(count * CHUNKS), sums.reborrow());
+        let (list, rows) = (pieces.device_list.view(), pieces.device_rows.view());
+        match method {
+            Method::Sgd { momentum, dampening, nesterov } => {
+                let first = first.filter(|_| momentum != 0.0);
+                assert!(first.is_some() || momentum == 0.0, "momentum without a moment");
+                let nesterov = u32::from(nesterov);
+                sgd(
+                    self, launch, weights, master, first, gradients, chunks, scalars, list, rows, momentum, dampening,
+                    nesterov,
+                );
+            }
+            Method::Adam { beta1, beta2, coupled, amsgrad } => {
+                let (Some(first), Some(second)) = (first, second) else { panic!("Adam without moments") };
+                assert!(maximum.is_some() || !amsgrad, "amsgrad without a maximum");
+                let (maximum, coupled) = (maximum.filter(|_| amsgrad), u32::from(coupled));
+                adam(
+                    self, launch, weights, master, first, second, maximum, gradients, chunks, scalars, list, rows,
+                    beta1, beta2, coupled,
+                );
+            }
+            Method::Lion { beta1, beta2 } => {
+                let first = first.expect("Lion has a moment");
+                lion(self, launch, weights, master, first, gradients, chunks, scalars, list, rows, beta1, beta2);
+            }
+        }
+        sum_chunks(self, Launch::blocks(count.div_ceil(256)), partials, sums.as_ref(), count as u32);
+    }
+}

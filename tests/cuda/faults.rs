@@ -1,0 +1,94 @@
+//! What is missing, too old, too small, or breaks.
+
+use super::{Place, Said, emulated};
+
+const TRAIN: &str = "train -c run.toml --device cuda --set run=gpu";
+
+fn refused(said: &Said, parts: &[&str]) {
+    assert_eq!(said.code, 2, "{}{}", said.out, said.err);
+    for part in parts {
+        assert!(said.err.contains(part), "no `{part}` in: {}", said.err);
+    }
+}
+
+#[test]
+fn without_a_driver() {
+    let place = Place::new();
+    let said = place.run(TRAIN);
+    refused(&said, &["libcuda.so.1", "install NVIDIA's driver", "--device cpu"]);
+    assert!(!place.join("gpu").exists(), "a run folder was made");
+    // And `doctor` says so without failing.
+    assert!(place.ok("doctor").out.contains("GPUs cannot be used"));
+}
+
+#[test]
+fn without_a_gpu_or_with_an_old_one() {
+    let place = Place::new();
+    refused(&emulated(&place, TRAIN, &[("CAPABILITY", "7.5")]), &["7.5", "8.0", "--device cpu"]);
+    refused(&emulated(&place, TRAIN, &[("DRIVER", "12020")]), &["12.2", "12.4", "driver 550"]);
+}
+
+/// A driver older than the toolkit takes neither its PTX nor its machine code; NVRTC is not there.
+#[test]
+fn an_older_driver_without_nvrtc() {
+    refused(&emulated(&Place::new(), TRAIN, &[("DRIVER", "12060")]), &["libnvrtc", "CUDA_HOME"]);
+}
+
+/// What does not fit is told before the first step, with what would.
+#[test]
+fn out_of_memory() {
+    let place = Place::new();
+    place.write(
+        "big.toml",
+        "run = 'big'\nsteps = 2\n[data]\npath = 'data'\n[batch]\nsize = 4096\n[model]\narch = 'gpt2'\nlayers = 2\n\
+         residual = 64\nkv_heads = 2\ncontext = 16\n",
+    );
+    let said = emulated(&place, "train -c big.toml --device cuda", &[("MEMORY", "128M")]);
+    refused(&said, &["batch.size", "4096", "fit"]);
+}
+
+/// A fault in the middle of training: exit code 3, what failed, and the last checkpoint goes on to the end that an
+/// undisturbed run comes to.
+#[test]
+fn a_fault_leaves_the_last_checkpoint() {
+    let place = Place::new();
+    let whole = emulated(&place, &format!("{TRAIN} --set run=whole"), &[]);
+    assert_eq!(whole.code, 0, "{}", whole.err);
+    for call in ["cuGraphLaunch:4:700", "cuMemcpyDtoHAsync_v2:3:719"] {
+        let _ = std::fs::remove_dir_all(place.join("gpu"));
+        let said = emulated(&place, TRAIN, &[("FAIL", call)]);
+        assert_eq!(said.code, 3, "{call}: {}", said.err);
+        assert!(said.err.contains(call.split(':').next().unwrap()), "{call}: {}", said.err);
+    }
+    let checkpoints = place.names("gpu/checkpoints");
+    if checkpoints.is_empty() {
+        return;
+    }
+    let said = emulated(&place, "resume gpu --device cuda", &[]);
+    assert_eq!(said.code, 0, "{}", said.err);
+    let [a, b] = ["whole", "gpu"].map(|run| place.read(&format!("{run}/checkpoints/step-00000004/model.safetensors")));
+    assert!(a == b, "the run that was broken came to another end");
+}
+
+/// Refusals at any call are errors, never panics or wrong results.
+#[test]
+fn every_call_may_fail() {
+    let place = Place::new();
+    for call in [
+        "cuInit:1:999",
+        "cuDevicePrimaryCtxRetain:1:2",
+        "cuStreamCreate:2:2",
+        "cuMemAlloc_v2:2:2",
+        "cuMemHostAlloc:1:2",
+        "cuModuleLoadData:2:200",
+        "cuModuleGetFunction:3:500",
+        "cuLaunchKernel:20:719",
+        "cuStreamEndCapture:1:901",
+        "cuGraphInstantiateWithFlags:1:2",
+        "cuEventCreate:1:2",
+    ] {
+        let said = emulated(&place, &format!("{TRAIN} --force"), &[("FAIL", call)]);
+        assert!(matches!(said.code, 2 | 3), "{call}: exit code {}, {}", said.code, said.err);
+        assert_eq!(said.err.lines().filter(|line| line.starts_with("error")).count(), 1, "{call}: {}", said.err);
+    }
+}

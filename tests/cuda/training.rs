@@ -1,0 +1,173 @@
+//! The whole program on the emulated GPU.
+
+use super::{Place, emulated_ok};
+use crate::command::essence;
+use std::fs;
+
+const GPT2: &str = "arch = 'gpt2'\nlayers = 2\nresidual = 32\nkv_heads = 2\ncontext = 16\n";
+const LLAMA: &str = "arch = 'llama'\nlayers = 2\nresidual = 32\nkv_heads = 2\ngroup = 2\ncontext = 16\nffn = 48\n\
+                     qk_norm = true\nqkv_bias = true\n";
+
+/// A configuration on the tokens of `data`, or on `rows.csv`.
+fn config(place: &Place, name: &str, keys: &str, sections: &str) {
+    let data = if sections.contains("'mlp'") { "rows.csv" } else { "data" };
+    let text = format!("run = '{name}'\nthreads = 1\n{keys}\n[data]\npath = '{data}'\n{sections}\n");
+    place.write(&format!("{name}.toml"), text);
+}
+
+fn losses(place: &Place, run: &str) -> Vec<f64> {
+    let text = String::from_utf8(place.read(&format!("{run}/metrics.jsonl"))).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.filter_map(|line| line["loss"].as_f64()).collect()
+}
+
+fn model(place: &Place, run: &str, step: u64) -> [Vec<u8>; 2] {
+    ["model", "optimizer"].map(|file| place.read(&format!("{run}/checkpoints/step-{step:08}/{file}.safetensors")))
+}
+
+/// The largest difference of two loss curves, which must be as long as `steps`.
+fn apart(a: &[f64], b: &[f64], steps: usize) -> f64 {
+    assert_eq!((a.len(), b.len()), (steps, steps));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Every architecture, with several optimizers, accumulation and clipping: 20 steps in f32 stay within rounding of the
+/// CPU's, and those in bf16 within bf16's.
+#[test]
+fn training_is_the_cpus() {
+    let place = Place::new();
+    let mlp = "arch = 'mlp'\nhidden = [24, 16]\n";
+    for (name, model, optimizer) in [
+        ("gpt2", GPT2, "kind = 'adamw'\nlr = 0.003"),
+        ("llama", LLAMA, "kind = 'muon'\nlr = 0.003"),
+        ("mlp", mlp, "kind = 'sgd'\nmomentum = 0.9\nlr = 0.01"),
+        ("lion", LLAMA, "kind = 'lion'\nlr = 0.0003"),
+    ] {
+        let sections =
+            format!("[batch]\nsize = 2\nmicro_batches = 2\n[optimizer]\n{optimizer}\nclip = 1.0\n[model]\n{model}");
+        config(&place, name, "steps = 20", &sections);
+        place.ok(&format!("train -c {name}.toml --device cpu --set run={name}-cpu"));
+        emulated_ok(
+            &place,
+            &format!("train -c {name}.toml --device cuda --set run={name}-f32 --set precision=f32"),
+            &[],
+        );
+        emulated_ok(&place, &format!("train -c {name}.toml --device cuda --set run={name}-bf16"), &[]);
+        let curve = |kind: &str| losses(&place, &format!("{name}-{kind}"));
+        let (cpu, single, half) = (curve("cpu"), curve("f32"), curve("bf16"));
+        let moved = (cpu[0] - cpu[19]).abs();
+        assert!(moved > 0.05, "{name}: nothing was learnt, {cpu:?}");
+        // Both run in f32 from the same bits. A relative error of 2^-24 a rounding, some thousand roundings in a step's
+        // chain of sums, and 20 steps.
+        let bound = 20.0 * 1000.0 * 2f64.powi(-24);
+        assert!(apart(&cpu, &single, 20) < bound, "{name} in f32: {cpu:?}\n{single:?}");
+        // In bf16 every activation is rounded by up to 2^-8 of itself; a loss averages over 64 tokens or more.
+        let bound = 2f64.powi(-8) * cpu[0] * 2.0;
+        let gap = apart(&cpu, &half, 20);
+        assert!(gap < bound && gap > 0.0, "{name} in bf16: {gap}, {cpu:?}\n{half:?}");
+    }
+}
+
+/// Recorded and replayed steps, steps launched kernel by kernel, streams as lazy as can be, recomputation: the same bits.
+#[test]
+fn how_a_step_runs_changes_no_bit() {
+    let place = Place::new();
+    config(&place, "run", "steps = 6", &format!("[batch]\nsize = 2\nmicro_batches = 3\n[model]\n{LLAMA}"));
+    let train = |name: &str, sets: &str, options: &[(&str, &str)]| {
+        emulated_ok(&place, &format!("train -c run.toml --device cuda --set run={name} {sets}"), options);
+        model(&place, name, 6)
+    };
+    let recorded = train("recorded", "", &[]);
+    assert!(train("eager", "--set eager=true", &[]) == recorded, "eager differs");
+    assert!(train("lazy", "", &[("STREAMS", "lazy"), ("SEED", "5")]) == recorded, "lazy streams differ");
+    assert!(train("block", "--set memory.recompute=block", &[]) == recorded, "recomputing differs");
+    assert!(train("small", "", &[("MULTIPROCESSORS", "3")]) == recorded, "a smaller GPU differs");
+}
+
+/// Twelve steps, a stop and eight more are twenty steps, bit for bit; and so on the CPU from the GPU's checkpoint, to
+/// rounding.
+#[test]
+fn resumed_is_never_stopped() {
+    let place = Place::new();
+    for precision in ["f32", "bf16"] {
+        let keys = format!("steps = 20\nprecision = '{precision}'");
+        let sections = format!("[checkpoint]\nevery = 12\nkeep_last = 0\n[batch]\nsize = 2\n[model]\n{GPT2}");
+        let name = format!("whole-{precision}");
+        config(&place, &name, &keys, &sections);
+        emulated_ok(&place, &format!("train -c {name}.toml --device cuda"), &[]);
+        let whole = essence(&place.join(&name), 20);
+        fs::remove_dir_all(place.join(&format!("{name}/checkpoints/step-00000020"))).unwrap();
+        let parts = place.join("parts");
+        crate::command::copy(&place.join(&name), &parts);
+        emulated_ok(&place, "resume parts --device cuda", &[]);
+        assert!(essence(&parts, 20) == whole, "{precision}: resuming differs");
+        fs::remove_dir_all(&parts).unwrap();
+        if precision == "f32" {
+            let before = losses(&place, &name);
+            place.ok(&format!("resume {name} --device cpu"));
+            let after = losses(&place, &name);
+            assert!(apart(&before[..20], &after[..20], 20) < 1e-4, "{before:?}\n{after:?}");
+        }
+    }
+}
+
+/// A model widened without noise trains as the narrow one does.
+#[test]
+fn widened_is_narrow() {
+    let place = Place::new();
+    for (name, model) in [("gpt2", GPT2), ("llama", LLAMA)] {
+        config(&place, name, "steps = 5\nprecision = 'f32'", &format!("[batch]\nsize = 2\n[model]\n{model}"));
+        emulated_ok(&place, &format!("train -c {name}.toml --device cuda"), &[]);
+        let curve = |width: usize| {
+            let run = format!("{name}-{width}");
+            let init = format!("[batch]\nsize = 2\n[init]\nfrom = '{name}'\n[init.upscale]\nwidth = {width}\n");
+            config(&place, &run, "steps = 15\nprecision = 'f32'", &init);
+            emulated_ok(&place, &format!("train -c {run}.toml --device cuda"), &[]);
+            losses(&place, &run)
+        };
+        let (narrow, wide) = (curve(1), curve(3));
+        assert!(narrow[0] - narrow[14] > 0.01, "{name}: nothing was learnt");
+        assert!(apart(&narrow, &wide, 15) < 1e-4, "{name}: {narrow:?}\n{wide:?}");
+    }
+}
+
+/// Widening on the GPU writes the CPU's file, noise included, bit for bit.
+#[test]
+fn widening_is_the_cpus() {
+    let place = Place::new();
+    for kind in ["independent", "paired", "relative"] {
+        let line = |out: &str, device: &str| {
+            format!("upscale base --out {out} --width 2 --noise 0.3 --noise-kind {kind} --device {device} --force")
+        };
+        place.ok(&line("cpu", "cpu"));
+        emulated_ok(&place, &line("gpu", "cuda"), &[]);
+        for file in ["model", "optimizer"] {
+            let [cpu, gpu] = ["cpu", "gpu"].map(|out| place.read(&format!("{out}/{file}.safetensors")));
+            assert!(cpu == gpu, "{kind}: {file} differs");
+        }
+    }
+}
+
+/// Measuring and generating from the same checkpoint.
+#[test]
+fn eval_and_generate_are_the_cpus() {
+    let place = Place::new();
+    let loss = |said: crate::command::Said| said.json()["loss"].as_f64().unwrap();
+    let cpu = loss(place.ok("eval base data --json --device cpu"));
+    let single = loss(emulated_ok(&place, "eval base data --json --device cuda --precision f32", &[]));
+    let half = loss(emulated_ok(&place, "eval base data --json --device cuda", &[]));
+    assert!((cpu - single).abs() < 1e-5, "{cpu} {single}");
+    assert!((cpu - half).abs() < 2f64.powi(-8) * cpu && cpu != half, "{cpu} {half}");
+    let line = "generate base --prompt the --tokens 20 --seed 3 --json";
+    let text = place.ok(&format!("{line} --device cpu")).out;
+    assert_eq!(emulated_ok(&place, &format!("{line} --device cuda --precision f32"), &[]).out, text);
+    emulated_ok(&place, &format!("{line} --device cuda"), &[]);
+}
+
+/// The first thing that anybody runs.
+#[test]
+fn quickstart() {
+    let place = Place::new();
+    let said = emulated_ok(&place, "quickstart --size tiny --device cuda --json", &[]);
+    assert!(said.json()["equivalence"].is_object(), "{}", said.out);
+}
