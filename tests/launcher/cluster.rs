@@ -4,9 +4,11 @@
 use crate::job::{Place, begin};
 use std::{
     fs,
+    net::TcpListener,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 fn folder() -> PathBuf {
@@ -56,7 +58,7 @@ exit $code
 const SCONTROL: &str = r#"#!/bin/bash
 case "$1 $2" in
   "show hostnames") [ "$3" = "here-[0-1]" ] && printf '127.0.0.1\n127.0.0.2\n' ;;
-  "requeue 4711") echo "$2" >> requeued ;;
+  "requeue $SLURM_JOB_ID") echo "$2" >> requeued ;;
   *) exit 1 ;;
 esac
 "#;
@@ -66,6 +68,15 @@ args=(); for a in "$@"; do [ "$a" = gpu ] && a=2; args+=("$a"); done
 exec LAUNCHER "${args[@]}"
 "#;
 const MUPSCALE: &str = "#!/bin/bash\necho \"${RANK:-alone} $*\" >> ran\nexit ${CODE:-0}\n";
+
+/// A number of a job whose port is free.
+fn job_id() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let ids =
+        std::iter::repeat_with(|| 4_000_000 + (std::process::id() * 37 + NEXT.fetch_add(1, Ordering::SeqCst)) % 10_000);
+    let free = |id: &u32| TcpListener::bind(("127.0.0.1", (20_000 + id % 10_000) as u16)).is_ok();
+    ids.take(10_000).find(free).expect("a free port").to_string()
+}
 
 fn run(script: &str, nodes: &str, more: &[(&str, &str)]) -> (Place, crate::job::Said) {
     let place = Place::new();
@@ -77,7 +88,8 @@ fn run(script: &str, nodes: &str, more: &[(&str, &str)]) -> (Place, crate::job::
     let mut command = Command::new("bash");
     let path = format!("{}:{}", place.path().display(), std::env::var("PATH").unwrap());
     command.arg(folder().join(script)).current_dir(place.path()).env("PATH", path).env("CUDA_VISIBLE_DEVICES", "");
-    command.env("SLURM_JOB_ID", "4711").env("SLURM_JOB_NODELIST", "here-[0-1]").env("SLURM_JOB_NUM_NODES", nodes);
+    let id = job_id();
+    command.env("SLURM_JOB_ID", &id).env("SLURM_JOB_NODELIST", "here-[0-1]").env("SLURM_JOB_NUM_NODES", nodes);
     command.envs(more.iter().copied()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let said = begin(command).end();
     (place, said)
@@ -98,7 +110,7 @@ fn slurm_starts_one_launcher_a_node() {
     let (place, said) = run("slurm-nodes.sbatch", "2", &[("CONFIG", "big.toml")]);
     assert_eq!(said.code, 0, "{}", said.err);
     assert_eq!(ran(&place), ["0", "1", "2", "3"].map(|rank| train(rank, "big.toml")));
-    assert!(place.has("logs/4711/attempt_0/3/stdout.log"));
+    assert!(place.names("logs").iter().any(|job| place.has(&format!("logs/{job}/attempt_0/3/stdout.log"))));
 }
 
 #[test]

@@ -132,6 +132,12 @@ impl Place {
         fs::read_to_string(self.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
+    /// The names in a folder.
+    pub fn names(&self, name: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.path().join(name)).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
     /// Writes a file.
     pub fn write(&self, name: &str, text: &str) {
         fs::write(self.path().join(name), text).unwrap();

@@ -22,6 +22,9 @@ fn the_first_failure_is_the_cause() {
 
     let said = place.run("--nproc-per-node 2", "[ $RANK = 0 ] && kill -KILL $$; sleep 30");
     said.expect(137, &["rank 0", "SIGKILL", "memory"]);
+    // A rank that only lost another one, with the code that says so, is no cause, even if it is seen to end first.
+    let script = "[ $RANK = 0 ] && exit 3; sleep 0.05; exit 8";
+    place.run("--nproc-per-node 2", script).expect(8, &["the run ends: rank 1"]);
     place.run("", "kill -SEGV $$").expect(139, &["SIGSEGV"]);
 }
 

@@ -23,6 +23,10 @@ const ECHO: Duration = Duration::from_secs(5);
 /// A node that leaves before a round waits so long for a word of the leader's.
 const PARTING: Duration = Duration::from_secs(2);
 
+/// A process's connections break before the system tells of its end, so others that fail because of it may be seen to
+/// end first: the cause is looked for among all that fail within this time.
+const SETTLE: Duration = Duration::from_millis(200);
+
 /// What an agent reacts to.
 pub enum Event {
     /// A process of a round ended.
@@ -46,6 +50,8 @@ pub enum Event {
 struct Running {
     number: usize,
     workers: Workers,
+    /// The processes that failed by themselves.
+    failures: Vec<(usize, ExitStatus)>,
     /// Whether the leader knows how it ended.
     told: bool,
     /// Whether the processes were told to end because of what happened elsewhere; how they do does not matter.
@@ -62,6 +68,8 @@ pub struct Agent<'a> {
     running: Option<Running>,
     /// When processes that were told to end are killed.
     kill_at: Option<Instant>,
+    /// When it is decided which of the processes that failed is the cause.
+    settle_at: Option<Instant>,
     /// The signal that this node leaves because of, and until when it waits for the leader.
     leaving: Option<(i32, Instant)>,
     /// The exit code, once the run is over for this node.
@@ -86,6 +94,7 @@ impl<'a> Agent<'a> {
             events,
             running: None,
             kill_at: None,
+            settle_at: None,
             leaving: None,
             over: None,
             decided: false,
@@ -113,7 +122,7 @@ impl<'a> Agent<'a> {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.kill_at.into_iter().chain(self.leaving.map(|(_, until)| until)).min()
+        self.kill_at.into_iter().chain(self.settle_at).chain(self.leaving.map(|(_, until)| until)).min()
     }
 
     fn react(&mut self, event: Option<Event>) -> Result<()> {
@@ -123,6 +132,9 @@ impl<'a> Agent<'a> {
             Some(Event::Step(step)) => self.step(step)?,
             Some(Event::Lost(error)) => self.lose(&error),
             None => {}
+        }
+        if self.settle_at.is_some_and(|end| end <= Instant::now()) {
+            self.settle()?;
         }
         if self.kill_at.is_some_and(|end| end <= Instant::now()) {
             self.kill_at = None;
@@ -164,8 +176,7 @@ impl<'a> Agent<'a> {
     }
 
     fn get_ready(&mut self) -> Result<()> {
-        self.running = None;
-        self.kill_at = None;
+        (self.running, self.kill_at, self.settle_at) = (None, None, None);
         let port = self.member.free_port(self.port)?;
         self.tell(Word::Ready { port })
     }
@@ -216,7 +227,8 @@ impl<'a> Agent<'a> {
         let on = if nodes > 1 { format!(" on {nodes} nodes") } else { String::new() };
         say(&format!("{} processes{on}, master {master} port {port}, run {}", round.world, self.member.run));
         let workers = Workers::start(self.options, self.member, &round, &self.processors, &self.events.0)?;
-        self.running = Some(Running { number: round.number, workers, told: false, closing: false });
+        self.running =
+            Some(Running { number: round.number, workers, failures: Vec::new(), told: false, closing: false });
         Ok(())
     }
 
@@ -224,30 +236,46 @@ impl<'a> Agent<'a> {
         let Some(running) = self.running.as_mut().filter(|running| running.number == round) else { return Ok(()) };
         let status = status.map_err(|e| Error::Device(format!("a process cannot be waited for ({e})")))?;
         let code = running.workers.ended(local, status);
-        let (all, stopping) = (running.workers.all_ended(), self.leaving.is_some());
-        let number = running.number;
+        let all = running.workers.all_ended();
         if running.closing {
-            let again = all && self.over.is_none() && running.told;
-            return if again { self.get_ready() } else { Ok(()) };
+            return if all && self.over.is_none() { self.get_ready() } else { Ok(()) };
         }
-        let mut words = Vec::new();
-        if code != 0 && code != STOPPED && !stopping && !running.told {
-            let cause = running.workers.cause(local, status);
-            running.told = true;
-            words.push(Word::Failed { round, cause });
+        if running.told {
+            return Ok(());
         }
-        if all && !running.told {
-            running.told = true;
-            words.push(Word::Ended { round: number, code: running.workers.code() });
+        if code != 0 && code != STOPPED && self.leaving.is_none() {
+            running.failures.push((local, status));
+            self.settle_at.get_or_insert(Instant::now() + SETTLE);
         }
-        // The others have nothing to wait for.
-        if code != 0 && !all && self.kill_at.is_none() {
-            if code != STOPPED {
-                running.workers.signal(libc::SIGTERM);
-            }
+        if code == STOPPED && !all && self.kill_at.is_none() {
+            // They agreed to stop: the others are about to.
             self.kill_at = Some(Instant::now() + self.options.grace);
         }
-        words.into_iter().try_for_each(|word| self.tell(word))
+        if !all {
+            return Ok(());
+        }
+        if self.settle_at.is_some() {
+            return self.settle();
+        }
+        running.told = true;
+        let code = running.workers.code();
+        self.tell(Word::Ended { round, code })
+    }
+
+    /// Says which process failed, and ends the others.
+    fn settle(&mut self) -> Result<()> {
+        self.settle_at = None;
+        let Some(running) = self.running.as_mut().filter(|running| !running.told) else { return Ok(()) };
+        let causes = running.failures.iter().map(|(local, status)| running.workers.cause(*local, *status));
+        // The first of the most telling ones.
+        let Some(cause) = causes.rev().max_by_key(|cause| cause.weight) else { return Ok(()) };
+        running.told = true;
+        let round = running.number;
+        if !running.workers.all_ended() && self.kill_at.is_none() {
+            running.workers.signal(libc::SIGTERM);
+            self.kill_at = Some(Instant::now() + self.options.grace);
+        }
+        self.tell(Word::Failed { round, cause })
     }
 
     /// Ends the processes of a round whose end is decided.

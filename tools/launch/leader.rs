@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// After a failure the leader looks for a lost node for so long: its loss explains the failures of others.
+/// After a failure the leader looks for a lost node, or for a more telling failure, for so long: it may explain this one.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// What a run's leader goes by.
@@ -155,7 +155,10 @@ impl Leader {
                 ended.insert(by, code);
             }
             (Word::Failed { round, cause }, Phase::Running { failure, .. }) if round == self.rounds => {
-                failure.get_or_insert((cause, Instant::now()));
+                let (first, _) = failure.get_or_insert((cause.clone(), Instant::now()));
+                if cause.weight > first.weight {
+                    *first = cause;
+                }
             }
             // Of a round that is over.
             (Word::Ended { .. } | Word::Failed { .. }, _) => {}
@@ -273,7 +276,7 @@ impl Leader {
             if self.elastic() {
                 return self.again(what);
             }
-            return self.fail(Cause { what, code: LOST, lines: vec![] });
+            return self.fail(Cause { what, code: LOST, weight: 2, lines: vec![] });
         }
         if let Some((cause, _)) = failure {
             return self.fail(cause);

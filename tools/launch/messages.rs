@@ -35,6 +35,8 @@ pub struct Cause {
     pub what: String,
     /// Its exit code, or 128 + the signal that ended it.
     pub code: i32,
+    /// How telling it is: a signal says more than a code, and [`LOST`] may mean that another rank was lost.
+    pub weight: u8,
     /// Its last lines.
     pub lines: Vec<String>,
 }

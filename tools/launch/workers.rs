@@ -4,7 +4,7 @@ use crate::{
     agent::{Event, ends},
     leader::{signal_name, token},
     meeting::Member,
-    messages::{Cause, Round},
+    messages::{Cause, LOST, Round},
     options::Options,
     output::{Console, Path, Pumps, Tail},
     system,
@@ -107,11 +107,13 @@ impl Workers {
             None => format!("ended with exit code {}", status.code().unwrap_or(0)),
         };
         let what = format!("rank {} (local rank {local}, process {} on {}) {how}", worker.rank, worker.pid, self.host);
-        Cause {
-            what,
-            code: status.code().unwrap_or(128 + status.signal().unwrap_or(0)),
-            lines: worker.tails.iter().flat_map(Tail::lines).collect(),
-        }
+        let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+        let weight = match status.code() {
+            None => 2,
+            Some(LOST) => 0,
+            Some(_) => 1,
+        };
+        Cause { what, code, weight, lines: worker.tails.iter().flat_map(Tail::lines).collect() }
     }
 }
 
