@@ -1,14 +1,12 @@
 //! The job scripts in tools/cluster: checked by bash and shellcheck, run against stand-ins of SLURM's commands, and
 //! compared with the fields of the Kubernetes that they name.
 
-use crate::job::{Place, begin};
+use crate::job::{Place, begin, free_port};
 use std::{
     fs,
-    net::TcpListener,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
 };
 
 fn folder() -> PathBuf {
@@ -69,15 +67,6 @@ exec LAUNCHER "${args[@]}"
 "#;
 const MUPSCALE: &str = "#!/bin/bash\necho \"${RANK:-alone} $*\" >> ran\nexit ${CODE:-0}\n";
 
-/// A number of a job whose port is free.
-fn job_id() -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let ids =
-        std::iter::repeat_with(|| 4_000_000 + (std::process::id() * 37 + NEXT.fetch_add(1, Ordering::SeqCst)) % 10_000);
-    let free = |id: &u32| TcpListener::bind(("127.0.0.1", (20_000 + id % 10_000) as u16)).is_ok();
-    ids.take(10_000).find(free).expect("a free port").to_string()
-}
-
 fn run(script: &str, nodes: &str, more: &[(&str, &str)]) -> (Place, crate::job::Said) {
     let place = Place::new();
     let launch = LAUNCH.replace("LAUNCHER", env!("CARGO_BIN_EXE_mupscale-launch"));
@@ -88,7 +77,8 @@ fn run(script: &str, nodes: &str, more: &[(&str, &str)]) -> (Place, crate::job::
     let mut command = Command::new("bash");
     let path = format!("{}:{}", place.path().display(), std::env::var("PATH").unwrap());
     command.arg(folder().join(script)).current_dir(place.path()).env("PATH", path).env("CUDA_VISIBLE_DEVICES", "");
-    let id = job_id();
+    // The scripts derive the port from it.
+    let id = (4_700_000 + u32::from(free_port()) - 20_000).to_string();
     command.env("SLURM_JOB_ID", &id).env("SLURM_JOB_NODELIST", "here-[0-1]").env("SLURM_JOB_NUM_NODES", nodes);
     command.envs(more.iter().copied()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let said = begin(command).end();

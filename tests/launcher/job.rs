@@ -3,8 +3,10 @@
 use std::{
     fs,
     io::Read,
+    net::TcpListener,
     path::Path,
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread::{self, JoinHandle, sleep},
     time::{Duration, Instant},
 };
@@ -182,7 +184,10 @@ pub fn gone(pid: &str) {
     }
 }
 
-/// A port of this machine that nobody listens on.
+/// A port of this machine that nobody listens on, and no other test is given, below those that the system gives out.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let next = || 20_000 + ((std::process::id() * 37 + NEXT.fetch_add(1, Ordering::SeqCst)) % 10_000) as u16;
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(next).take(10_000).find(free).expect("a free port")
 }

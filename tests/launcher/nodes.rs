@@ -15,7 +15,7 @@ fn numbered(rank: usize, port: u16) -> String {
 }
 
 /// Says where it is, and goes on until a file says otherwise.
-const WORKER: &str = "echo $$ > at.$WORLD_SIZE.$RANK.$TORCHELASTIC_RESTART_COUNT; trap 'exit 75' TERM; \
+const WORKER: &str = "trap 'exit 75' TERM; echo $$ > at.$WORLD_SIZE.$RANK.$TORCHELASTIC_RESTART_COUNT; \
                       while [ ! -e finish ]; do sleep 0.02; done";
 
 #[test]
@@ -112,13 +112,12 @@ fn who_does_not_belong_is_told_so() {
     place.run(&other, "true").expect(2, &["yesterday", "stale rendezvous id", "job"]);
     let twin = place.start(&numbered(0, port), "true");
     twin.end().expect(2, &["the port is in use"]);
-    let [one, two] = [0, 1].map(|_| place.start(&numbered(1, port), WORKER));
-    let ends = [first, one, two].map(Job::end);
-    assert!(
-        ends.iter().any(|said| said.code == 2 && said.err.contains("--node-rank 1 was given to")),
-        "{}",
-        ends[0].err
-    );
+    let second = place.start(&numbered(1, port), WORKER);
+    place.wait_for(&["at.2.0.0", "at.2.1.0"]);
+    place.run(&numbered(1, port), "echo x > started").expect(2, &["--node-rank 1 was given to"]);
+    assert!(!place.has("started"));
+    place.write("finish", "");
+    [first, second].map(Job::end).iter().for_each(|said| said.expect(0, &[]));
 }
 
 #[test]

@@ -191,7 +191,8 @@ impl<'a> Agent<'a> {
                 }
                 Ok(())
             }
-            Step::Signal(..) => Ok(()),
+            Step::Refuse { agent, why } if agent == self.member.agent => Err(Error::Usage(why)),
+            Step::Signal(..) | Step::Refuse { .. } => Ok(()),
             Step::Again(why) => {
                 say(&format!("starting again: {why}"));
                 if let Some((signal, _)) = self.leaving {
@@ -281,11 +282,9 @@ impl<'a> Agent<'a> {
     /// Ends the processes of a round whose end is decided.
     fn close(&mut self) {
         let Some(running) = &mut self.running else { return };
-        if !running.closing && !running.workers.all_ended() {
-            if self.kill_at.is_none() {
-                running.workers.signal(libc::SIGTERM);
-                self.kill_at = Some(Instant::now() + self.options.grace);
-            }
+        if self.kill_at.is_none() && !running.workers.all_ended() {
+            running.workers.signal(libc::SIGTERM);
+            self.kill_at = Some(Instant::now() + self.options.grace);
         }
         (running.closing, running.told) = (true, true);
     }

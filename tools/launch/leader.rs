@@ -60,6 +60,9 @@ pub struct Leader {
     ready: BTreeMap<usize, u16>,
     /// Agents that were told to stop by a signal, and by which.
     leaving: BTreeMap<usize, i32>,
+    /// Agents whose number another one has, since when, and whether they were told. For the time of a lease the other one
+    /// may be a lost node, which this one replaces.
+    twins: BTreeMap<usize, (Instant, bool)>,
     steps: usize,
     rounds: usize,
     restarts: usize,
@@ -78,6 +81,7 @@ impl Leader {
             nodes: BTreeMap::new(),
             ready: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            twins: BTreeMap::new(),
             steps: 0,
             rounds: 0,
             restarts: 0,
@@ -139,6 +143,26 @@ impl Leader {
             self.store.delete(&key)?;
             self.listen(read(&said)?)?;
         }
+        self.refuse_twins()
+    }
+
+    /// Refuses nodes whose number another one has and keeps.
+    fn refuse_twins(&mut self) -> Result<()> {
+        let older = |agent: usize, node: &Node| {
+            let same =
+                self.nodes.range(..agent).find(|(_, other)| node.number.is_some() && other.number == node.number);
+            same.map(|(_, other)| {
+                (agent, format!("--node-rank {} was given to {}", node.number.unwrap_or(0), other.name))
+            })
+        };
+        let twins: BTreeMap<_, _> = self.nodes.iter().filter_map(|(agent, node)| older(*agent, node)).collect();
+        self.twins.retain(|agent, _| twins.contains_key(agent));
+        for (agent, why) in twins {
+            let (since, told) = self.twins.entry(agent).or_insert_with(|| (Instant::now(), false));
+            if since.elapsed() > self.rules.conf.lease && !std::mem::replace(told, true) {
+                self.decide(&Step::Refuse { agent, why })?;
+            }
+        }
         Ok(())
     }
 
@@ -170,7 +194,7 @@ impl Leader {
     /// they came.
     fn candidates(&self) -> Vec<usize> {
         let mut agents: Vec<_> = self.ready.keys().copied().filter(|agent| !self.leaving.contains_key(agent)).collect();
-        agents.retain(|agent| self.nodes.contains_key(agent));
+        agents.retain(|agent| self.nodes.contains_key(agent) && !self.twins.contains_key(agent));
         agents.sort_by_key(|agent| (self.nodes[agent].number, !self.nodes[agent].host, *agent));
         agents
     }
@@ -179,9 +203,6 @@ impl Leader {
         let host_leaves = self.leaving.keys().any(|agent| self.nodes.get(agent).is_some_and(|node| node.host));
         if let Some(&signal) = self.leaving.values().next().filter(|_| host_leaves || !self.elastic()) {
             return self.over(128 + signal, format!("stopped by {}", signal_name(signal)), vec![]);
-        }
-        if let Some(why) = self.same_number() {
-            return self.over(2, why, vec![]);
         }
         let (agents, Nodes { min, max }) = (self.candidates(), self.rules.nodes);
         let Phase::Gathering { since, enough } = &mut self.phase else { return Ok(false) };
@@ -204,18 +225,6 @@ impl Leader {
             names.join(", ")
         );
         self.over(LOST, why, vec![])
-    }
-
-    /// Two nodes with one number.
-    fn same_number(&self) -> Option<String> {
-        let mut seen = BTreeMap::new();
-        for node in self.nodes.values() {
-            let Some(number) = node.number else { continue };
-            if let Some(other) = seen.insert(number, &node.name) {
-                return Some(format!("--node-rank {number} was given to {other} and to {}", node.name));
-            }
-        }
-        None
     }
 
     fn begin(&mut self, agents: &[usize]) -> Result<()> {

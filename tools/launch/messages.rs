@@ -109,6 +109,13 @@ pub enum Step {
     Begin(Round),
     /// Pass a signal on; the agent that got it has done so already.
     Signal(i32, usize),
+    /// This agent has no place in the run, and ends.
+    Refuse {
+        /// The agent.
+        agent: usize,
+        /// Why.
+        why: String,
+    },
     /// End all processes and say when you are ready for another round.
     Again(String),
     /// End all processes, and then yourself.

@@ -49,7 +49,7 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts the processes of a round, on the thread that has to outlive them. Ends are told to `events`.
+    /// Starts the processes of a round, one for each share of the processors, on the thread that has to outlive them. Ends are told to `events`.
     pub fn start(
         options: &Options,
         member: &Member,
@@ -58,8 +58,8 @@ impl Workers {
         events: &Sender<Event>,
     ) -> Result<Self> {
         let mut all = Self { workers: Vec::new(), host: member.node.name.clone() };
-        for local in 0..member.node.processes {
-            match start(options, member, round, local, &processors[local], events) {
+        for (local, processors) in processors.iter().enumerate() {
+            match start(options, member, round, local, processors, events) {
                 Ok(worker) => all.workers.push(worker),
                 Err(error) => {
                     all.signal(libc::SIGKILL);
