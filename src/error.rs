@@ -78,7 +78,7 @@ pub enum Error {
         /// The exit code of that rank.
         code: u8,
     },
-    /// SIGTERM or SIGINT: the step was finished and saved.
+    /// SIGTERM, SIGINT or SIGUSR1: the step was finished and saved.
     #[error("stopped by a signal after step {step}; saved in {}: go on with `mupscale resume {}`", checkpoint.display(), run.display())]
     Interrupted {
         /// Last finished step.

@@ -7,12 +7,14 @@
 //! RUN/checkpoints/step-…/      checkpoints
 //! ```
 
+mod again;
 mod model;
 mod place;
 mod prepare;
 mod ranks;
 mod session;
 
+pub use again::train_or_resume;
 pub use model::{Evaluation, Model, tokenizer};
 pub use place::{Place, Work};
 pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};

@@ -406,8 +406,13 @@ fn new_run_folder(run: &Path, force: bool) -> Result<()> {
         }
         Err(e) => return Err(Error::io("read", run)(e)),
     };
-    if entries.next().is_none() {
-        return Ok(());
+    let first = entries.next();
+    // All that a run that was killed at its very beginning left behind.
+    let begun = |entry: &fs::DirEntry| fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
+    match (first, entries.next()) {
+        (None, _) => return Ok(()),
+        (Some(Ok(entry)), None) if entry.path() == Store::new(run).dir() && begun(&entry) => return Ok(()),
+        _ => {}
     }
     if !force {
         return Err(Error::Exists { path: run.into() });
