@@ -146,12 +146,12 @@ impl Bounds {
             let of_ds = p * shape.scale * ((of_p + 3.0 * SINGLE) * (dp - inner).abs() + of_dp) + real * 1.01 * ds;
             // Sums over keys, and over the queries of all heads of a group.
             let (of_keys, of_queries) = (SINGLE * shape.keys as f64, SINGLE * (shape.queries * group) as f64);
-            for i in 0..d {
+            for (i, dout) in dout.iter().enumerate() {
                 let (q, k, v) = (row(q_at)[i].abs(), row(k_at(key))[i].abs(), row(v_at)[i].abs());
                 self.out[at + i] += p * v * (of_p + of_sum + of_keys + real * 1.01);
                 self.dqkv[q_at + i] += (of_ds + of_keys * ds) * k;
                 self.dqkv[k_at(key) + i] += (of_ds + of_queries * ds) * q;
-                self.dqkv[v_at + i] += p * (of_p + of_queries + real * 1.01) * dout[i].abs();
+                self.dqkv[v_at + i] += p * (of_p + of_queries + real * 1.01) * dout.abs();
             }
         }
     }
