@@ -16,12 +16,12 @@
 //! | layer | modules | what they know |
 //! |---|---|---|
 //! | 0 | [`dims`], [`dtype`], [`error`], [`rng`], [`machine`] | axes by name, element types, what can fail, random numbers, the system |
-//! | 1 | [`backend`], [`comm`] | a device's memory, streams, copies; sums between ranks |
-//! | 2 | [`ops`] | one file an operation: contract, CPU code, tests |
+//! | 1 | [`backend`] (cpu, cuda), [`comm`] | a device's memory, streams, copies; how kernels load and launch; sums between ranks |
+//! | 2 | [`ops`] | one stem an operation: contract, CPU code, tests, launcher; its device code is `kernels/` of the same stem |
 //! | 3 | [`model`], [`mup`] | the parameter table, forward and backward; factors as pure arithmetic |
 //! | 4 | [`config`], [`optim`], [`schedule`], [`data`], [`feed`], [`checkpoint`], [`state`], [`upscale`] | what the user asked for; samples; files; loading and widening |
 //! | 5 | [`trainer`], [`report`], [`run`] | one step; what people and scripts see; a run folder |
-//! | 6 | [`quickstart`], [`commands`] | the method on one example; the command line |
+//! | 6 | [`quickstart`], [`bench`], [`selftest`], [`commands`] | the method on one example; speed; a device against the CPU; the command line |
 //!
 //! Imports point downward (`tests/tidy.rs` holds them to it). `ops` knows no model, `mup` no device, `model` no file,
 //! `comm` no parameter.
@@ -30,7 +30,8 @@
 //!
 //! - A parameter is one row of [`model::param::Table`], made of named axes. Its kind, multipliers, initial values, weight
 //!   decay, layout and checkpoint name follow from that row; no code knows a parameter by number or by a pattern.
-//! - Device memory is opaque ([`backend`]): only an operation's CPU code sees it as a slice.
+//! - Device memory is opaque ([`backend`]): only an operation's CPU code sees it as a slice. A kernel is declared once
+//!   ([`backend::cuda`], `kernels!`), and is run in the tests on an emulated GPU (`tests/emulator`).
 //! - What changes from step to step lies in device memory ([`ops::scalars`]); a step allocates nothing and waits for
 //!   nothing. Its results are read some steps late, and a step that is not finite changes no weight.
 //! - Results do not depend on the number of threads, nor on how tensors are cut; those of a power of two of ranks are
@@ -40,7 +41,8 @@
 //!
 //! # To add
 //!
-//! An operation: `ops/x.rs` with its trait, its CPU code and its tests, and its name in [`ops::Ops`]. An architecture: a
+//! An operation: `ops/x.rs` with its trait, its CPU code and its tests, its name in [`ops::Ops`], `kernels/x.cu`,
+//! `ops/x/cuda.rs` that launches it, and `selftest/x.rs` that compares both. An architecture: a
 //! choice of a decoder's parts (as [`model::gpt2`] is), or a file with table, plan, forward and backward (as
 //! [`model::mlp`] is) and a variant of [`model::spec::Spec`]; then a line in `tests/common`, over whose models the
 //! gradient, widening, resume and rank tests run. Anything else that must change is a flaw in the table.
