@@ -120,7 +120,7 @@ fn no_others(files: &TensorFiles, tensors: &[Foreign], spec: &DecoderSpec) -> Re
         }
         if name == "lm_head.weight" && spec.tied {
             let embedding = &tensors[0].name;
-            if files.meta(name)? == files.meta(embedding)? && files.read_all(name)? == files.read_all(embedding)? {
+            if files.same(name, embedding)? {
                 continue;
             }
             let why = format!("differs from {embedding}, but config.json ties them: set tie_word_embeddings to false");

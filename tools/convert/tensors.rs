@@ -23,6 +23,8 @@ pub const SHARDS: &str = "model.safetensors.index.json";
 const LENGTH: usize = 8;
 /// The largest header that the safetensors format allows.
 const MAX_HEADER: u64 = 100_000_000;
+/// Elements that are compared at a time.
+const CHUNK: usize = 1 << 20;
 const DAMAGED: &str = "it is cut off or damaged; download or copy it again";
 
 /// The weights in a folder.
@@ -173,6 +175,21 @@ impl TensorFiles {
     pub fn read_all(&self, name: &str) -> Result<Vec<u8>> {
         let count = self.find(name)?.shape.iter().product();
         self.read(name, 0..count)
+    }
+
+    /// Whether two tensors are the same bit for bit.
+    pub fn same(&self, a: &str, b: &str) -> Result<bool> {
+        if self.meta(a)? != self.meta(b)? {
+            return Ok(false);
+        }
+        let count = self.meta(a)?.1.iter().product();
+        for start in (0..count).step_by(CHUNK) {
+            let part = start..(start + CHUNK).min(count);
+            if self.read(a, part.clone())? != self.read(b, part)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn find(&self, name: &str) -> Result<&Located> {
