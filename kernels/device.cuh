@@ -96,6 +96,13 @@ DEVICE void multiply_add(f32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 #endif
 
+// x, of which the compiler knows nothing more: what follows from it is computed where it is used, and not kept in
+// registers from before a loop on.
+DEVICE u32 anew(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 DEVICE f32 load(f32 x) { return x; }
 DEVICE f64 load(f64 x) { return x; }
 DEVICE void store(f32& to, f32 x) { to = x; }

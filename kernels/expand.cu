@@ -92,6 +92,7 @@ struct Map {
     u32 source_columns, columns;
 };
 
+// v = scale times the source's values.
 template <class A, class S>
 DEVICE void gather(Exact<A> (&v)[RUNS][SPAN], const S* values, Map map, Exact<A> scale, Part part) {
     u64 at = part.first < part.start ? part.start : part.first;
@@ -124,11 +125,21 @@ DEVICE void gather(Exact<A> (&v)[RUNS][SPAN], const S* values, Map map, Exact<A>
     }
 }
 
+template <class A> struct Gather {
+    Exact<A> (&v)[RUNS][SPAN];
+    Map map;
+    f64 scale;
+    Part part;
+    template <class S> DEVICE void operator()(const S* values) const {
+        gather(v, values, map, Exact<A>((A)scale), part);
+    }
+};
+
 template <class A>
 DEVICE void expand_part(void* target, u32 type, const void* values, u32 source_type, Map map, f64 scale, Part part,
                         Noise noise) {
     Exact<A> v[RUNS][SPAN];
-    with_type(source_type, values, [&](auto* values) { gather(v, values, map, Exact<A>((A)scale), part); });
+    with_type(source_type, values, Gather<A>{v, map, scale, part});
     add_noise(v, part, noise);
     write(target, type, v, part);
 }
@@ -226,20 +237,27 @@ KERNEL(THREADS, paired_noise,
 #define SUM_LANES 16
 #define TILE 2048
 
+// Squares of x[at] and those after it, as far as they lie before the end.
+struct Squares {
+    f64* tile;
+    u64 at, end;
+    template <class T> DEVICE void operator()(const T* x) const {
+#pragma unroll
+        for (int k = 0; k < TILE / THREADS; ++k) {
+            u64 i = at + k * THREADS + threadIdx.x;
+            Exact<f64> value = i < end ? (f64)load(x[i]) : 0.0;
+            tile[k * THREADS + threadIdx.x] = (value * value).value;
+        }
+    }
+};
+
 // sums[block] = sum of squares of the block's task. All threads square a tile; as many as there are lanes add it.
 KERNEL(THREADS, square_sums, (f64* sums, const void* x, u32 x_type, u64 len)) {
     SHARED f64 tile[TILE];
     u64 start = (u64)blockIdx.x * TASK, end = start + TASK < len ? start + TASK : len;
     Exact<f64> sum = 0.0;
     for (u64 at = start; at < end; at += TILE) {
-        with_type(x_type, x, [&](auto* x) {
-#pragma unroll
-            for (int k = 0; k < TILE / THREADS; ++k) {
-                u64 i = at + k * THREADS + threadIdx.x;
-                Exact<f64> value = i < end ? (f64)load(x[i]) : 0.0;
-                tile[k * THREADS + threadIdx.x] = (value * value).value;
-            }
-        });
+        with_type(x_type, x, Squares{tile, at, end});
         __syncthreads();
         if (threadIdx.x < SUM_LANES) {
 #pragma unroll 16

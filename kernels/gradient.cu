@@ -60,11 +60,26 @@ template <class T, class S> DEVICE void accumulate_run(T* target, const S* sourc
     }
 }
 
+// Any type to any other.
+template <class T> struct AccumulateTo {
+    T* target;
+    u64 len;
+    bool add;
+    template <class S> DEVICE void operator()(const S* source) const { accumulate_run(target, source, len, add); }
+};
+struct Accumulate {
+    const void* source;
+    u32 source_type;
+    u64 len;
+    bool add;
+    template <class T> DEVICE void operator()(T* target) const {
+        with_type(source_type, source, AccumulateTo<T>{target, len, add});
+    }
+};
+
 // Bytes: source and target, the target twice with `add`.
 KERNEL(THREADS, accumulate, (void* target, u32 target_type, const void* source, u32 source_type, u64 len, u32 add)) {
-    with_type(target_type, target, [&](auto* target) {
-        with_type(source_type, source, [&](auto* source) { accumulate_run(target, source, len, add != 0); });
-    });
+    with_type(target_type, target, Accumulate{source, source_type, len, add != 0});
 }
 
 // partials[block] = clip weight times the sum of squares over the block's piece. Bytes: the gradients once.

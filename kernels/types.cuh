@@ -4,7 +4,8 @@
 
 enum Type : u32 { TYPE_F64 = 0, TYPE_F32 = 1, TYPE_BF16 = 2, TYPE_F16 = 3 };
 
-// Calls work(pointer to elements of the type). All threads have the same type.
+// Calls work(pointer to elements of the type). All threads have the same type. `work` is a struct: NVRTC takes
+// generic lambdas for functions of the host.
 template <class Work> DEVICE void with_type(u32 type, const void* x, Work work) {
     switch (type) {
         case TYPE_F64: return work((const f64*)x);

@@ -23,7 +23,7 @@ const LAYERS: [&[&str]; 12] = [
 ];
 
 /// Files that hold unsafe code; each opens with an `allow` that says why.
-const UNSAFE: [&str; 14] = [
+const UNSAFE: [&str; 15] = [
     "src/backend/cpu/gemm.rs",
     "src/backend/cpu/mod.rs",
     "src/backend/cpu/parallel.rs",
@@ -31,6 +31,7 @@ const UNSAFE: [&str; 14] = [
     "src/backend/cuda/driver.rs",
     "src/backend/cuda/gemm.rs",
     "src/backend/cuda/graph.rs",
+    "src/backend/cuda/launch.rs",
     "src/backend/cuda/library.rs",
     "src/backend/cuda/mod.rs",
     "src/backend/cuda/module.rs",
@@ -171,8 +172,9 @@ fn unsafe_code_is_listed_and_argued() {
         let lines: Vec<&str> = text.lines().collect();
         for (i, line) in lines.iter().enumerate() {
             let line = line.split("//").next().unwrap_or_default();
-            // What an unsafe function asks of its callers stands where clippy wants it, in its documentation.
-            if !["unsafe {", "unsafe impl"].iter().any(|word| line.contains(word)) {
+            // What an unsafe function asks of its callers stands where clippy wants it, in its documentation. A macro
+            // makes each call of the driver an unsafe block.
+            if !["unsafe {", "unsafe impl", "cuda!("].iter().any(|word| line.contains(word)) {
                 continue;
             }
             seen.insert(name.clone());

@@ -5,6 +5,7 @@
 
 mod activation;
 mod agreement;
+mod attention;
 mod embedding;
 mod expand;
 mod gradient;
@@ -23,8 +24,9 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by the op's name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 11] = [
+const CHECKS: [(&str, Check); 12] = [
     ("activation", activation::check),
+    ("attention", attention::check),
     ("embedding", embedding::check),
     ("expand", expand::check),
     ("gradient", gradient::check),

@@ -28,12 +28,46 @@ fn orthonormal(rows: usize, columns: usize) -> Vec<f64> {
         .collect()
 }
 
+/// A matrix each of whose rows (columns, where there are more rows) is its neighbour in a pair, the second with its sign
+/// turned: any combination of the two matrices has equal singular values too. Zero where one has no neighbour.
+fn turned(matrix: &[f64], [rows, columns]: [usize; 2]) -> Vec<f64> {
+    let (small, stride, across) = if rows > columns { (columns, 1, columns) } else { (rows, columns, 1) };
+    let mut turned = vec![0.0; matrix.len()];
+    for i in 0..small / 2 * 2 {
+        for j in 0..rows.max(columns) {
+            let sign = if i % 2 == 0 { 1.0 } else { -1.0 };
+            turned[i * stride + j * across] = sign * matrix[(i ^ 1) * stride + j * across];
+        }
+    }
+    turned
+}
+
+/// Where a step starts.
+struct Inputs {
+    shape: [usize; 2],
+    weight: Vec<f64>,
+    moment: Vec<f64>,
+    gradient: Vec<f64>,
+}
+
+impl Inputs {
+    fn new(agreement: &Agreement, shape @ [rows, columns]: [usize; 2]) -> Self {
+        let matrix = orthonormal(rows, columns);
+        // f32 holds moments and gradients. An odd number of rows leaves one alone, and then there is no moment.
+        let scaled = |matrix: &[f64], by| matrix.iter().map(|&x| f64::from((by * x) as f32)).collect();
+        let of_moment = if rows.min(columns).is_multiple_of(2) { 0.01 } else { 0.0 };
+        let moment = scaled(&turned(&matrix, shape), of_moment);
+        Self { shape, weight: agreement.normal(1, rows * columns, 0.1), moment, gradient: scaled(&matrix, 0.03) }
+    }
+}
+
 /// Weight (as updated), moment, and partial sums after a step and one more that is skipped.
-fn run<B: Muon>(backend: &B, weight: &[f64], gradient: &[f64], [rows, columns]: [usize; 2]) -> Result<[Vec<f64>; 3]> {
-    let mut working = put(backend, backend.compute(), weight)?;
-    let mut master = backend.master().map(|dtype| put(backend, dtype, weight)).transpose()?;
-    let mut first = Tensor::new(backend, backend.moment(), weight.len())?;
-    let gradient = put(backend, backend.gradient(), gradient)?;
+fn run<B: Muon>(backend: &B, inputs: &Inputs) -> Result<[Vec<f64>; 3]> {
+    let [rows, columns] = inputs.shape;
+    let mut working = put(backend, backend.compute(), &inputs.weight)?;
+    let mut master = backend.master().map(|dtype| put(backend, dtype, &inputs.weight)).transpose()?;
+    let mut first = put(backend, backend.moment(), &inputs.moment)?;
+    let gradient = put(backend, backend.gradient(), &inputs.gradient)?;
     let mut work = unwritten(backend, backend.compute(), scratch(rows, columns))?;
     let mut partials = unwritten(backend, DType::F64, 2)?;
     for skip in [0, 1] {
@@ -76,32 +110,25 @@ fn relative_error(small: usize, rounding: f64) -> f64 {
 }
 
 pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
-    for shape @ [rows, columns] in [[1, 1], [1, 7], [5, 5], [5, 64], [67, 16], [33, 129], [128, 64]] {
-        let weight = agreement.normal(1, rows * columns, 0.1);
-        // f32 holds the gradients.
-        let gradient: Vec<f64> = orthonormal(rows, columns).iter().map(|&g| f64::from(0.03 * g as f32)).collect();
-        let (got, wanted) =
-            (run(agreement.cuda(), &weight, &gradient, shape)?, run(agreement.cpu(), &weight, &gradient, shape)?);
-        let f32_rounding = 2f64.powi(-24);
+    let single = 2f64.powi(-24);
+    for shape @ [rows, columns] in [[1, 1], [1, 7], [5, 5], [2, 3], [8, 67], [67, 16], [33, 129], [128, 64]] {
+        let inputs = Inputs::new(agreement, shape);
+        let [weight, moment, sums] = run(agreement.cuda(), &inputs)?;
+        let [wanted, wanted_moment, wanted_sums] = run(agreement.cpu(), &inputs)?;
         // Sums of f32 are rounded as often as they have terms.
-        let rounding = agreement.rounding() + f32_rounding * rows.max(columns) as f64;
-        let relative = relative_error(rows.min(columns), rounding);
-        let change = wanted[2][0].sqrt();
-        let off = got[0].iter().zip(&wanted[0]).map(|(got, wanted)| (got - wanted).powi(2)).sum::<f64>().sqrt();
+        let rounding = agreement.rounding() + single * rows.max(columns) as f64;
+        let change = wanted_sums[0].sqrt();
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
         // The weights themselves are rounded to f32 three times.
-        let weights = wanted[0].iter().map(|w| w * w).sum::<f64>().sqrt();
-        let bound = relative * change + 3.0 * f32_rounding * weights;
-        agreement.compare(format!("muon weights {rows} x {columns}"), &[off], &[0.0], |_| bound);
-        let bound = |i: usize| 2.0 * f32_rounding * wanted[1][i].abs();
-        agreement.compare(format!("muon moment {rows} x {columns}"), &got[1], &wanted[1], bound);
-        let sums = |i: usize| 2.0 * bound_of_change(relative, f32_rounding * weights, change) * wanted[2][i];
-        agreement.compare(format!("muon changes {rows} x {columns}"), &got[2], &wanted[2], sums);
+        let bound =
+            relative_error(rows.min(columns), rounding) * change + 3.0 * single * norm(&mut wanted.iter().copied());
+        let off = norm(&mut weight.iter().zip(&wanted).map(|(got, wanted)| got - wanted));
+        let name = |what: &str| format!("muon {what} {rows} x {columns}");
+        agreement.compare(name("weights"), &[off], &[0.0], |_| bound);
+        let sizes = |i: usize| inputs.moment[i].abs() + inputs.gradient[i].abs();
+        agreement.compare(name("moment"), &moment, &wanted_moment, |i| 3.0 * single * sizes(i));
+        // (change + bound)² − change².
+        agreement.compare(name("changes"), &sums, &wanted_sums, |_| bound * (2.0 * change + bound));
     }
     Ok(())
-}
-
-/// Of a sum of squares: twice the relative error of the norm, which may be large.
-fn bound_of_change(relative: f64, absolute: f64, change: f64) -> f64 {
-    let error = relative + 3.0 * absolute / change;
-    error + error * error / 2.0
 }

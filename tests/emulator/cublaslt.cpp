@@ -52,8 +52,22 @@ struct Attributes {
 };
 
 // The attributes' numbers that are read.
-enum Desc { COMPUTE, SCALE, POINTER_MODE, TRANSPOSE_A, TRANSPOSE_B, TRANSPOSE_C, EPILOGUE = 7, BIAS_POINTER = 8,
-            BIAS_BATCH_STRIDE = 10, AUX_POINTER = 11, AUX_STRIDE = 12, AUX_BATCH_STRIDE = 13, AUX_TYPE = 22, BIAS_TYPE = 26 };
+enum Desc {
+    COMPUTE,
+    SCALE,
+    POINTER_MODE,
+    TRANSPOSE_A,
+    TRANSPOSE_B,
+    TRANSPOSE_C,
+    EPILOGUE = 7,
+    BIAS_POINTER = 8,
+    BIAS_BATCH_STRIDE = 10,
+    AUX_POINTER = 11,
+    AUX_STRIDE = 12,
+    AUX_BATCH_STRIDE = 13,
+    AUX_TYPE = 22,
+    BIAS_TYPE = 26
+};
 enum Layout { TYPE, ORDER, ROWS, COLUMNS, STRIDE, BATCHES, BATCH_STRIDE };
 enum Preference { WORKSPACE = 1, ALIGNMENT_A = 5 };
 
@@ -116,20 +130,23 @@ const char* unsupported(const Attributes& desc, const Attributes* const (&layout
     if (desc.read(POINTER_MODE, 0) != 0) return "alpha and beta on the device (the emulator's own limit)";
     if (desc.read(TRANSPOSE_C, 0) != 0) return "C transposed";
     bool wide = p.a.type == F64;
-    if (wide ? compute != COMPUTE_64F || scale != F64 : (compute != COMPUTE_32F && compute != COMPUTE_32F_PEDANTIC) || scale != F32)
+    if (wide ? compute != COMPUTE_64F || scale != F64
+             : (compute != COMPUTE_32F && compute != COMPUTE_32F_PEDANTIC) || scale != F32)
         return "a compute or scale type that does not go with the operands (no TF32 here)";
     if (p.a.type != p.b.type || p.c.type != p.d.type) return "A and B, or C and D, of different types";
     bool out = p.d.type == p.a.type || (p.a.type == BF16 && p.d.type == F32);
     if (!out || (p.a.type != BF16 && p.a.type != F32 && !wide)) return "these types";
     if (p.epilogue == DEFAULT) return nullptr;
     if (wide) return "an epilogue with f64";
-    constexpr int known[] = {RELU, BIAS, RELU_BIAS, GELU, GELU_BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU, DGELU_BGRAD, BGRADA, BGRADB};
+    constexpr int known[] = {RELU,          BIAS,  RELU_BIAS,   GELU,   GELU_BIAS, GELU_AUX,
+                             GELU_AUX_BIAS, DGELU, DGELU_BGRAD, BGRADA, BGRADB};
     if (std::count(std::begin(known), std::end(known), p.epilogue) == 0) return "this epilogue";
     if (p.bias_type != p.d.type && p.bias_type != p.a.type) return "a bias of this type";
     if (!(p.epilogue & AUX)) return nullptr;
     if (p.aux_type != p.d.type) return "an auxiliary matrix of another type than D";
-    return p.aux_stride % 8 != 0 || p.aux_stride < int64_t(p.m) ? "an auxiliary leading dimension that is no multiple of 8"
-                                                                : nullptr;
+    return p.aux_stride % 8 != 0 || p.aux_stride < int64_t(p.m)
+               ? "an auxiliary leading dimension that is no multiple of 8"
+               : nullptr;
 }
 
 // The problem's shape, for which an algorithm is chosen: everything but addresses.
@@ -138,7 +155,8 @@ uint64_t fingerprint(Product p) {
     uint64_t hash = 0xcbf29ce484222325;
     auto add = [&](uint64_t x) { hash = (hash ^ x) * 0x100000001b3; };
     for (const Operand& x : {p.a, p.b, p.c, p.d})
-        for (uint64_t part : {uint64_t(x.type), x.rows, x.columns, uint64_t(x.stride), uint64_t(x.batch_stride)}) add(part);
+        for (uint64_t part : {uint64_t(x.type), x.rows, x.columns, uint64_t(x.stride), uint64_t(x.batch_stride)})
+            add(part);
     for (uint64_t part : {uint64_t(p.transpose_a), uint64_t(p.transpose_b), uint64_t(p.batches), uint64_t(p.epilogue),
                           uint64_t(p.bias_type), uint64_t(p.aux_type), uint64_t(p.aux_stride)})
         add(part);
@@ -159,12 +177,14 @@ const char* unreachable(const Product& p) {
     if (lacks(p.b)) return "B is no memory of the device";
     if (p.beta != 0 && lacks(p.c)) return "C is no memory of the device";
     if (lacks(p.d)) return "D is no memory of the device";
-    if (p.workspace_bytes && !emulated_reaches(p.workspace, p.workspace_bytes)) return "the workspace is no memory of the device";
+    if (p.workspace_bytes && !emulated_reaches(p.workspace, p.workspace_bytes))
+        return "the workspace is no memory of the device";
     uint64_t biases = p.epilogue == BGRADB ? p.n : p.m;
     bool bias = p.epilogue & (BIAS | GRADIENT_OF_BIAS | BGRADA | BGRADB);
     if (bias && !emulated_reaches(p.bias, biases * size_of(p.bias_type))) return "the bias is no memory of the device";
     uint64_t aux = (uint64_t(p.aux_stride) * (p.n - 1) + p.m) * size_of(p.aux_type);
-    return p.epilogue & AUX && !emulated_reaches(p.aux, aux) ? "the auxiliary matrix is no memory of the device" : nullptr;
+    return p.epilogue & AUX && !emulated_reaches(p.aux, aux) ? "the auxiliary matrix is no memory of the device"
+                                                             : nullptr;
 }
 
 void run(const void* data, char* failed) {
@@ -269,7 +289,8 @@ EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const voi
                           void* layout_b, const void* beta, const void* c, void* layout_c, void* d, void* layout_d,
                           const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
     if (!handle) return NOT_INITIALIZED;
-    const Attributes* layouts[] = {&attributes(layout_a), &attributes(layout_b), &attributes(layout_c), &attributes(layout_d)};
+    const Attributes* layouts[] = {&attributes(layout_a), &attributes(layout_b), &attributes(layout_c),
+                                   &attributes(layout_d)};
     Product p = describe(attributes(desc), layouts, {a, b, c, d});
     if (int error = check(attributes(desc), layouts, p)) return error;
     bool wide = p.a.type == F64;
@@ -278,7 +299,8 @@ EXPORT int cublasLtMatmul(void* handle, void* desc, const void* alpha, const voi
     if (algorithm) {
         if (algorithm->mark != MARK || algorithm->problem != fingerprint(p))
             return refuse(INVALID_VALUE, "an algorithm that was chosen for another problem");
-        if (algorithm->workspace > workspace_bytes) return refuse(INVALID_VALUE, "a workspace smaller than the algorithm's");
+        if (algorithm->workspace > workspace_bytes)
+            return refuse(INVALID_VALUE, "a workspace smaller than the algorithm's");
         const void* at[] = {a, b, c, d};
         for (int i = 0; i < 4; i++)
             if (reinterpret_cast<uintptr_t>(at[i]) % algorithm->alignment[i] != 0)

@@ -35,8 +35,8 @@ static Settings read_settings() {
 }
 
 const Settings& settings() {
-    static const Settings read = read_settings();
-    return read;
+    static const Settings* read = new Settings(read_settings());
+    return *read;
 }
 
 int Settings::shared_limit() const {
@@ -46,9 +46,10 @@ int Settings::shared_limit() const {
     return 99 << 10;
 }
 
+// Like all that lasts here never destroyed: a program's threads may call until the process has gone.
 std::vector<Device*>& devices() {
-    static std::vector<Device*> all;
-    return all;
+    static auto* all = new std::vector<Device*>;
+    return *all;
 }
 thread_local Device* current = nullptr;
 
@@ -59,27 +60,27 @@ static int injected(const std::string& name) {
         uint64_t call;
         int code;
     };
-    static const std::vector<Rule> rules = [] {
-        std::vector<Rule> rules;
+    static const auto* rules = [] {
+        auto* rules = new std::vector<Rule>;
         std::stringstream text(variable("FAIL", ""));
         for (std::string part; std::getline(text, part, ',');) {
             size_t a = part.find(':'), b = part.find(':', a + 1);
-            rules.push_back({part.substr(0, a), std::stoull(part.substr(a + 1)), std::stoi(part.substr(b + 1))});
+            rules->push_back({part.substr(0, a), std::stoull(part.substr(a + 1)), std::stoi(part.substr(b + 1))});
         }
         return rules;
     }();
-    static std::map<std::string, uint64_t> calls;
-    if (rules.empty()) return SUCCESS;
-    uint64_t count = ++calls[name];
-    for (const Rule& rule : rules)
+    static auto* calls = new std::map<std::string, uint64_t>;
+    if (rules->empty()) return SUCCESS;
+    uint64_t count = ++(*calls)[name];
+    for (const Rule& rule : *rules)
         if (rule.name == name && rule.call == count) return rule.code;
     return SUCCESS;
 }
 
 void log_line(const std::string& text) {
     if (settings().log.empty()) return;
-    static std::ofstream log(settings().log, std::ios::app);
-    log << text << std::endl;
+    static auto* log = new std::ofstream(settings().log, std::ios::app);
+    *log << text << std::endl;
 }
 
 static std::recursive_mutex& big_lock() {
@@ -106,19 +107,20 @@ Call::Call(const char* name, Needs needs) : lock(big_lock()), error(SUCCESS) {
 }
 
 static const std::map<int, int>& attributes() {
-    static const std::map<int, int> values = [] {
+    static const auto* values = [] {
         const Settings& s = settings();
         int kib = 1 << 10;
         // The numbers of CUdevice_attribute: limits of a block and a grid, memory, clocks, what is supported.
-        return std::map<int, int>{
+        return new std::map<int, int>{
             {1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 0x7fffffff}, {6, 65535}, {7, 65535}, {8, 48 * kib},
             {9, 64 * kib}, {10, 32}, {11, 0x7fffffff}, {12, 65536}, {13, 1980000}, {14, 512}, {15, 1},
-            {16, s.multiprocessors}, {19, 1}, {31, 1}, {33, 0}, {34, 0}, {36, 2619000}, {37, 5120}, {38, 50 * kib * kib},
+            {16, s.multiprocessors}, {19, 1}, {31, 1}, {33, 0}, {34, 0}, {36, 2619000}, {37, 5120},
+            {38, 50 * kib * kib},
             {39, 2048}, {40, 3}, {41, 1}, {50, 0}, {75, s.major}, {76, s.minor}, {78, 1}, {79, 1}, {80, 1},
             {81, s.shared_limit() + kib}, {82, 65536}, {95, 1}, {97, s.shared_limit()}, {106, 32}, {111, kib}, {115, 1},
         };
     }();
-    return values;
+    return *values;
 }
 
 }  // namespace driver

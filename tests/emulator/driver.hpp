@@ -1,5 +1,5 @@
-// The stand-in driver (libcuda.so.1): devices, memory, streams as graphs of work, capture. One lock serves all calls, and
-// work runs under it in the thread that enqueues it or waits for it.
+// The stand-in driver (libcuda.so.1): devices, memory, streams as graphs of work, capture. One lock serves all calls,
+// and work runs under it in the thread that enqueues it or waits for it.
 #pragma once
 
 #include <chrono>

@@ -46,6 +46,7 @@
 #define gridDim (emulator::grid_dim)
 #define __device__
 #define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
 #define __builtin_assume(x) ((void)0)
 
@@ -132,8 +133,14 @@ template <class T> DEVICE T atomic_update(T* p, T to) {
 }
 template <class T> using Atomic = std::enable_if_t<std::is_integral_v<T> && sizeof(T) >= 4, T>;
 template <class T> DEVICE Atomic<T> atomicAdd(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, *p + x); }
-template <class T> DEVICE Atomic<T> atomicMin(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, min(*p, x)); }
-template <class T> DEVICE Atomic<T> atomicMax(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, max(*p, x)); }
+template <class T>
+DEVICE Atomic<T> atomicMin(T* p, std::type_identity_t<T> x) {
+    return atomic_update<T>(p, min(*p, x));
+}
+template <class T>
+DEVICE Atomic<T> atomicMax(T* p, std::type_identity_t<T> x) {
+    return atomic_update<T>(p, max(*p, x));
+}
 template <class T> DEVICE Atomic<T> atomicOr(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, *p | x); }
 template <class T> DEVICE Atomic<T> atomicAnd(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, *p & x); }
 template <class T> DEVICE Atomic<T> atomicExch(T* p, std::type_identity_t<T> x) { return atomic_update<T>(p, x); }

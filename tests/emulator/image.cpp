@@ -111,9 +111,14 @@ size_t Image::static_shared(const std::string& kernel) const {
     auto header = read<Elf64_Ehdr>(bytes.data());
     auto section = [&](size_t i) { return read<Elf64_Shdr>(bytes.data() + header.e_shoff + i * header.e_shentsize); };
     const char* names = bytes.data() + section(header.e_shstrndx).sh_offset;
-    for (size_t i = 0; i < header.e_shnum; i++)
-        if (names + section(i).sh_name == ".nv.shared." + kernel) return section(i).sh_size;
-    return 0;
+    size_t found = 0, system = 0;
+    for (size_t i = 0; i < header.e_shnum; i++) {
+        std::string name = names + section(i).sh_name;
+        if (name == ".nv.shared." + kernel) found = section(i).sh_size;
+        // Since sm_90 the system's own KiB of a block is counted in.
+        if (name == ".nv.shared.reserved.0") system = 1024;
+    }
+    return found ? found - system : 0;
 }
 
 }  // namespace driver

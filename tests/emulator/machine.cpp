@@ -1,5 +1,8 @@
 #include "machine.hpp"
 
+#include <pthread.h>
+
+#include <csignal>
 #include <map>
 #include <numeric>
 
@@ -39,7 +42,7 @@ Fiber launcher;
 std::vector<Fiber*> fibers, idle;
 const Kernel* running;
 void* const* arguments;
-std::string failure;
+Failure failure;
 size_t dynamic_size;
 uint64_t random_state;
 
@@ -116,14 +119,14 @@ void finish_barrier() {
 }
 
 void end_thread(Thread& thread) {
-    copy_wait(0);
+    if (!thread.copies.empty()) copy_wait(0);
     thread.ended = true;
     ended_count++;
     finish_barrier();
     unsigned warp = thread.linear / LANES;
     warps[warp].ended |= 1u << lane();
     Thread* first = &threads[warp * LANES];
-    for (unsigned i = 0; i < LANES; i++)
+    for (unsigned i = 0; warps[warp].waiting && i < LANES; i++)
         if (warps[warp].waiting >> i & 1) finish_collective(warps[warp], first, first[i].mask, first[i].finish);
 }
 
@@ -202,6 +205,48 @@ uint8_t* shared_memory(size_t bytes) {
     return static_cast<uint8_t*>(block);
 }
 
+// While a grid runs, an access to memory that is nobody's ends the launch. A sanitizer has a better report of its own.
+#ifdef __SANITIZE_ADDRESS__
+struct AccessGuard {};
+#else
+pthread_t launching;
+
+void report_access(int, siginfo_t* info, void*) {
+    if (!pthread_equal(launching, pthread_self())) {
+        // Somebody else's; it comes again.
+        std::signal(SIGSEGV, SIG_DFL);
+        return;
+    }
+    char what[80];
+    const char* where = self && overflows(*self->fiber, info->si_addr) ? "its stack is too small; " : "";
+    std::snprintf(what, sizeof what, "%san access to %p, where no memory is", where, info->si_addr);
+    failure.access = true;
+    fault(what);
+}
+
+struct AccessGuard {
+    struct sigaction before;
+    stack_t stack_before;
+
+    AccessGuard() {
+        // The handler leaves by switching fibers, so the signal is not blocked in it; it needs a stack, as the thread's
+        // own may be what overflowed.
+        static char stack[64 << 10];
+        launching = pthread_self();
+        stack_t own{.ss_sp = stack, .ss_flags = 0, .ss_size = sizeof stack};
+        struct sigaction action{};
+        action.sa_sigaction = report_access;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaltstack(&own, &stack_before);
+        sigaction(SIGSEGV, &action, &before);
+    }
+    ~AccessGuard() {
+        sigaction(SIGSEGV, &before, nullptr);
+        sigaltstack(&stack_before, nullptr);
+    }
+};
+#endif
+
 void set_up(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void* const* parameters) {
     running = &kernel;
     arguments = parameters;
@@ -214,17 +259,18 @@ void set_up(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, v
         threads[i].linear = i;
         threads[i].index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
     }
-    failure.clear();
+    failure = {};
     be_fiber(launcher);
     random_state = options.seed;
 }
 
 }  // namespace
 
-std::string launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void* const* parameters) {
+Failure launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void* const* parameters) {
     uint64_t blocks = grid.volume();
     if (blocks == 0 || block.volume() == 0 || block.volume() > kernel.threads)
-        return std::string(kernel.name) + ": a grid or block of a forbidden size";
+        return {std::string(kernel.name) + ": a grid or block of a forbidden size"};
+    [[maybe_unused]] AccessGuard guard;
     set_up(kernel, grid, block, dynamic_bytes, parameters);
     // With a seed: from a random block on by a random step that has no factor in common with their number.
     uint64_t at = 0, step = 1;
@@ -233,7 +279,7 @@ std::string launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_b
         do step = random_number() % blocks + 1;
         while (std::gcd(step, blocks) != 1);
     }
-    for (uint64_t i = 0; i < blocks && failure.empty(); i++) {
+    for (uint64_t i = 0; i < blocks && failure.what.empty(); i++) {
         block_index = dim3(unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y));
         run_block();
         at = (at + step) % blocks;
@@ -263,7 +309,8 @@ Votes barrier(int vote, unsigned line) {
 
 void copy_async(void* shared, const void* global, bool valid) {
     check_shared(shared, 16, 16, "the destination of cp.async");
-    if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) fault("cp.async from an address off its 16-byte border");
+    if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)
+        fault("cp.async from an address off its 16-byte border");
     self->copies.push_back({shared, global, valid, false});
     // Until it arrives nobody may read there.
     memset(shared, 0xff, 16);
@@ -293,12 +340,12 @@ void copy_wait(unsigned pending) {
 void fault(const std::string& what) {
     char at[160];
     std::snprintf(at, sizeof at, ": block (%u, %u, %u)", block_index.x, block_index.y, block_index.z);
-    failure = running->name + std::string(at);
+    std::string text = running->name + std::string(at);
     if (self) {
         std::snprintf(at, sizeof at, ", thread (%u, %u, %u)", self->index.x, self->index.y, self->index.z);
-        failure += at;
+        text += at;
     }
-    failure += ": " + what;
+    failure.what = text + ": " + what;
     // The block's threads are left where they are; nothing of theirs is needed again.
     Fiber abandoned;
     idle = fibers;
@@ -315,8 +362,8 @@ void check_shared(const void* at, size_t bytes, size_t alignment, const char* wh
 }
 
 std::vector<Kernel>& kernels() {
-    static std::vector<Kernel> all;
-    return all;
+    static auto* all = new std::vector<Kernel>;
+    return *all;
 }
 
 const Kernel* find_kernel(const std::string& name) {

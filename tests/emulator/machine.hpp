@@ -111,8 +111,13 @@ struct Options {
 };
 extern Options options;  // From MUPSCALE_EMULATED_SEED and MUPSCALE_EMULATED_COPIES=at-once at first.
 
-// Runs a grid; the text of the fault, or an empty one.
-std::string launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void* const* parameters);
+// Why a launch ended; nothing in `what` when it ran to its end.
+struct Failure {
+    std::string what;
+    bool access = false;  // It touched memory that is nobody's.
+};
+// Runs a grid.
+Failure launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void* const* parameters);
 
 // A kernel as a function of the array of pointers that cuLaunchKernel takes.
 template <auto function> struct Call;
@@ -126,7 +131,7 @@ template <class... A, void (*function)(A...)> struct Call<function> {
     // Runs it from a test, and ends the process on a fault.
     static void run(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, A... arguments) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
-        std::string failed = launch(*find_kernel(name), grid, block, dynamic_bytes, pointers);
+        std::string failed = launch(*find_kernel(name), grid, block, dynamic_bytes, pointers).what;
         if (failed.empty()) return;
         std::fprintf(stderr, "%s\n", failed.c_str());
         std::exit(1);

@@ -9,6 +9,7 @@
 namespace driver {
 
 struct Module {
+    Device* device;
     Image image;
 };
 struct Function {
@@ -32,8 +33,8 @@ static void check_parameters(const emulator::Kernel& kernel, void* const* parame
 
 static std::string describe(const char* name, dim3 grid, dim3 block, size_t dynamic) {
     std::ostringstream text;
-    text << "  " << name << " grid " << grid.x << " " << grid.y << " " << grid.z << " block " << block.x << " " << block.y
-         << " " << block.z << " shared " << dynamic;
+    text << "  " << name << " grid " << grid.x << " " << grid.y << " " << grid.z << " block " << block.x << " "
+         << block.y << " " << block.z << " shared " << dynamic;
     return text.str();
 }
 
@@ -48,8 +49,8 @@ static Body launch_body(const emulator::Kernel& kernel, dim3 grid, dim3 block, s
         for (size_t i = 0; i < kernel.parameters.size(); i++)
             pointers.push_back(const_cast<char*>(values.data()) + i * SLOT);
         check_parameters(kernel, pointers.data());
-        std::string failed = emulator::launch(kernel, grid, block, dynamic, pointers.data());
-        if (!failed.empty()) throw Fault{LAUNCH_FAILED, failed};
+        emulator::Failure failed = emulator::launch(kernel, grid, block, dynamic, pointers.data());
+        if (!failed.what.empty()) throw Fault{failed.access ? ILLEGAL_ADDRESS : LAUNCH_FAILED, failed.what};
     };
 }
 
@@ -66,16 +67,23 @@ static int active_blocks(const Function& function, int threads, size_t dynamic) 
 
 using namespace driver;
 
-EXPORT int cuModuleLoadDataEx(void** module, const void* bytes, unsigned, int*, void**) {
-    ENTER(UNCAPTURED);
-    Module made;
+static int load(void** module, const void* bytes) {
+    Module made{current, {}};
     int error = read_image(bytes, settings().major * 10 + settings().minor, settings().version, made.image);
     if (!error) *module = new Module(std::move(made));
     return error;
 }
-EXPORT int cuModuleLoadData(void** module, const void* bytes) { return cuModuleLoadDataEx(module, bytes, 0, nullptr, nullptr); }
+EXPORT int cuModuleLoadData(void** module, const void* bytes) {
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
+}
+EXPORT int cuModuleLoadDataEx(void** module, const void* bytes, unsigned, int*, void**) {
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
+}
 EXPORT int cuModuleLoadFatBinary(void** module, const void* bytes) {
-    return cuModuleLoadDataEx(module, bytes, 0, nullptr, nullptr);
+    ENTER(UNCAPTURED);
+    return load(module, bytes);
 }
 EXPORT int cuModuleUnload(void* module) {
     ENTER(UNCAPTURED);
@@ -86,6 +94,7 @@ EXPORT int cuModuleUnload(void* module) {
 EXPORT int cuModuleGetFunction(void** handle, void* module_handle, const char* name) {
     ENTER(CONTEXT);
     Module* module = static_cast<Module*>(module_handle);
+    if (!module) return INVALID_HANDLE;
     if (!module->image.has(name)) return NOT_FOUND;
     const emulator::Kernel* kernel = emulator::find_kernel(name);
     if (!kernel) {
@@ -99,8 +108,11 @@ EXPORT int cuFuncGetAttribute(int* value, int attribute, void* handle) {
     ENTER(CONTEXT);
     const Function* function = static_cast<Function*>(handle);
     const std::map<int, size_t> values = {
-        {MAX_THREADS, function->kernel->threads}, {STATIC_SHARED, function->static_shared}, {REGISTERS, 32},
-        {BINARY_VERSION, size_t(settings().major * 10 + settings().minor)}, {MOST_DYNAMIC_SHARED, function->most_dynamic},
+        {MAX_THREADS, function->kernel->threads},
+        {STATIC_SHARED, function->static_shared},
+        {REGISTERS, 32},
+        {BINARY_VERSION, size_t(settings().major * 10 + settings().minor)},
+        {MOST_DYNAMIC_SHARED, function->most_dynamic},
     };
     auto found = values.find(attribute);
     *value = found == values.end() ? 0 : int(found->second);
@@ -137,7 +149,7 @@ EXPORT int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, u
                           unsigned dynamic, void* stream, void** parameters, void** extra) {
     ENTER(CONTEXT);
     const Function* function = static_cast<Function*>(handle);
-    if (!function) return INVALID_HANDLE;
+    if (!function || function->module->device != stream_of(stream)->device) return INVALID_HANDLE;
     dim3 grid(gx, gy, gz), block(bx, by, bz);
     log_line(describe(function->kernel->name, grid, block, dynamic));
     bool sizes = grid.volume() && block.volume() && gx <= 0x7fffffff && gy <= 65535 && gz <= 65535 && bz <= 64;

@@ -55,7 +55,8 @@ void pack_from(std::vector<T>& to, const From* from, auto convert, size_t count,
     to.assign((count + width - 1) / width * width * length, T(0));
     for (size_t line = 0; line < count; line++) {
         T* panel = &to[line / width * width * length + line % width];
-        for (size_t p = 0; p < length; p++) panel[p * width] = convert(from[int64_t(line) * across + int64_t(p) * along]);
+        for (size_t p = 0; p < length; p++)
+            panel[p * width] = convert(from[int64_t(line) * across + int64_t(p) * along]);
     }
 }
 template <class T>

@@ -1,6 +1,6 @@
-// Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones when
-// something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an order that
-// nobody asked for is not kept.
+// Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones
+// when something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an
+// order that nobody asked for is not kept.
 #include <algorithm>
 
 #include "driver.hpp"
@@ -135,14 +135,21 @@ int launch_graph(GraphExec& exec, Stream* stream) {
 
 using namespace driver;
 
-EXPORT int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
-    ENTER(CONTEXT);
+static Stream* create_stream(unsigned flags, int priority) {
     Stream* made = new Stream{current, flags, std::max(-5, std::min(0, priority)), nullptr, nullptr, {}};
     current->streams.push_back(made);
-    *stream = made;
+    return made;
+}
+EXPORT int cuStreamCreate(void** stream, unsigned flags) {
+    ENTER(CONTEXT);
+    *stream = create_stream(flags, 0);
     return SUCCESS;
 }
-EXPORT int cuStreamCreate(void** stream, unsigned flags) { return cuStreamCreateWithPriority(stream, flags, 0); }
+EXPORT int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+    ENTER(CONTEXT);
+    *stream = create_stream(flags, priority);
+    return SUCCESS;
+}
 EXPORT int cuStreamDestroy_v2(void* handle) {
     ENTER(INITIALIZED);
     Stream* stream = static_cast<Stream*>(handle);
@@ -200,7 +207,7 @@ EXPORT int cuEventRecord(void* handle, void* stream_handle) {
     ENTER(CONTEXT);
     Event* event = static_cast<Event*>(handle);
     Stream* stream = stream_of(stream_handle);
-    if (!is_live(stream) || event->device != stream->device) return INVALID_HANDLE;
+    if (!event || !is_live(stream) || event->device != stream->device) return INVALID_HANDLE;
     event->capture = stream->capture;
     event->nodes = stream->leaves;
     event->queries = 0;
@@ -211,7 +218,7 @@ EXPORT int cuStreamWaitEvent(void* stream_handle, void* handle, unsigned) {
     ENTER(CONTEXT);
     Event* event = static_cast<Event*>(handle);
     Stream* stream = stream_of(stream_handle);
-    if (!is_live(stream)) return INVALID_HANDLE;
+    if (!event || !is_live(stream)) return INVALID_HANDLE;
     if (!event->capture) {
         if (stream->capture) return event->work ? invalidate(*stream->capture, CAPTURE_ISOLATION) : SUCCESS;
         if (event->work) enqueue_join(stream, {event->work});
@@ -232,6 +239,7 @@ EXPORT int cuStreamWaitEvent(void* stream_handle, void* handle, unsigned) {
 EXPORT int cuEventSynchronize(void* handle) {
     ENTER(UNCAPTURED);
     Event* event = static_cast<Event*>(handle);
+    if (!event) return INVALID_HANDLE;
     if (event->capture) return CAPTURED_EVENT;
     finish(event->work);
     return current->sticky;
@@ -239,6 +247,7 @@ EXPORT int cuEventSynchronize(void* handle) {
 EXPORT int cuEventQuery(void* handle) {
     ENTER(UNCAPTURED);
     Event* event = static_cast<Event*>(handle);
+    if (!event) return INVALID_HANDLE;
     if (event->capture) return CAPTURED_EVENT;
     return question(event->work, event->queries);
 }
@@ -256,9 +265,10 @@ EXPORT int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
 
 // For the stand-ins of other libraries (cublasLt): work on a stream with a copy of its argument, run with the text of
 // what went wrong to fill (at most 256 bytes); and a check of an operand.
-EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const void*, char*), const void* data, size_t n) {
-    ENTER(CONTEXT);
-    log_line(std::string("  ") + name);
+EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const void*, char*), const void* data,
+                            size_t n) {
+    Call call(name, CONTEXT);
+    if (call.error) return call.error;
     std::string copy(static_cast<const char*>(data), n);
     return enqueue(stream_of(stream), [=] {
         char failed[256] = "";

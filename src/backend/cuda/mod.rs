@@ -118,11 +118,6 @@ impl Cuda {
         self.options
     }
 
-    /// Streaming multiprocessors: how many blocks fill the GPU once.
-    pub(crate) fn multiprocessors(&self) -> usize {
-        self.properties.multiprocessors as usize
-    }
-
     /// Elements of the compute type in 16 bytes, which a thread reads and writes at once: kernels' WIDE<real>.
     pub(crate) fn piece(&self) -> usize {
         16 / self.options.compute.size()
@@ -362,6 +357,7 @@ impl Backend for Cuda {
     }
 
     fn host(&self, bytes: usize) -> Result<Pinned> {
+        self.fault()?;
         Pinned::new(&self.context, bytes)
     }
 

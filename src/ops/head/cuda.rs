@@ -21,12 +21,14 @@ kernels! { "head":
 /// Bytes of a chunk's logits. Every chunk reads and writes the gradient of the weight once more, so that chunks are
 /// better large.
 const CHUNK_BYTES: usize = 512 << 20;
+/// Tokens of a chunk, at the most: a product with more of them is no faster.
+const CHUNK_TOKENS: usize = 16_384;
 /// Chunks are whole tiles of a product, and start on a border.
 const TILE: usize = 128;
 
 /// Tokens of a chunk: all chunks but the last are equal.
 fn chunk(shape: ReadoutShape, compute: DType) -> usize {
-    let most = (CHUNK_BYTES / (shape.padded * compute.size())).max(1);
+    let most = (CHUNK_BYTES / (shape.padded * compute.size())).clamp(1, CHUNK_TOKENS);
     shape.rows.div_ceil(shape.rows.div_ceil(most).max(1)).next_multiple_of(TILE)
 }
 
