@@ -232,3 +232,27 @@ fn a_converted_model_trains_on() {
     place.ok("convert to-hf on out --verify --files hf");
     assert!(place.join("out/config.json").is_file());
 }
+
+#[test]
+fn tokens_leave_for_nanogpt() {
+    let place = Place::new();
+    place.ok("convert to-nanogpt data out");
+    let file = |name: &str| String::from_utf8(place.read(name)).unwrap();
+    let info: Value = serde_json::from_str(&file("data/dataset.json")).unwrap();
+    for part in ["train", "val"] {
+        let shards = info[part]["shards"].as_array().unwrap();
+        let tokens: Vec<u8> = shards
+            .iter()
+            .flat_map(|s| place.read(&format!("data/{}", s["name"].as_str().unwrap())).split_off(1024))
+            .collect();
+        assert!(!tokens.is_empty() && place.read(&format!("out/{part}.bin")) == tokens, "{part}");
+    }
+    // As nanoGPT's own files are read.
+    let said = place.ok("data inspect out/train.bin --dtype uint16 --json").json();
+    assert_eq!(said["tokens"], info["train"]["tokens"]);
+    let mut long = [0i32; 256];
+    long[..3].copy_from_slice(&[20240801, 7, 1]);
+    place.write("long.bin", [bytemuck::cast_slice(&long), &70000u32.to_le_bytes()[..]].concat());
+    place.refuses("convert to-nanogpt long.bin short", &["long.bin", "token 70000", "uint16"]);
+    place.refuses("convert to-nanogpt classes short", &["classes", "dataset.json"]);
+}

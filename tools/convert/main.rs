@@ -8,6 +8,7 @@
 //! | `tensors` | safetensors of the hub: single and sharded |
 //! | `import`, `export` | the two directions |
 //! | `llmc` | llm.c's checkpoints |
+//! | `shards` | tokens for nanoGPT |
 //! | `plain`, `verify` | logits of both sides |
 
 mod config;
@@ -17,6 +18,7 @@ mod import;
 mod layout;
 mod llmc;
 mod plain;
+mod shards;
 mod tensors;
 mod verify;
 
@@ -103,6 +105,16 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
+    /// A dataset becomes nanoGPT's train.bin and val.bin
+    ToNanogpt {
+        /// A dataset folder, or one .bin file with a header
+        data: PathBuf,
+        /// The folder to write
+        out: PathBuf,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(clap::Args)]
@@ -168,6 +180,7 @@ impl Command {
                 let origin = Origin::open(&run::checkpoint_path(&checkpoint)?)?;
                 llmc::to_llmc(&origin, &out, common.dtype(), common.force)
             }
+            Self::ToNanogpt { data, out, force } => shards::to_nanogpt(&data, &out, force),
         }
     }
 }
