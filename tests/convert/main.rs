@@ -256,3 +256,40 @@ fn tokens_leave_for_nanogpt() {
     place.refuses("convert to-nanogpt long.bin short", &["long.bin", "token 70000", "uint16"]);
     place.refuses("convert to-nanogpt classes short", &["classes", "dataset.json"]);
 }
+
+/// As the hub's own gpt2 is: names without prefix, constants beside the weights; and a readout stored though it is tied.
+#[test]
+fn names_and_copies_as_the_hub_has_them() {
+    let place = converted("gpt2");
+    let mut tensors = weights(&place.join("model"));
+    let embedding = tensors["transformer.wte.weight"].clone();
+    tensors.insert("lm_head.weight".into(), embedding.clone());
+    tensors.insert("transformer.h.0.attn.bias".into(), ("f32".into(), vec![1, 1, 2, 2], vec![0; 16]));
+    let write = |tensors: &BTreeMap<String, (String, Vec<usize>, Vec<u8>)>| {
+        let views = tensors.iter().map(|(name, (_, shape, bytes))| {
+            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap();
+            (name.trim_start_matches("transformer.").to_string(), view)
+        });
+        place.write("model/model.safetensors", safetensors::serialize(views, None).unwrap());
+    };
+    write(&tensors);
+    place.ok("convert from-hf model in --verify");
+    assert!(place.read("in/model.safetensors") == place.read("narrow/model.safetensors"));
+    tensors.get_mut("lm_head.weight").unwrap().2[0] ^= 1;
+    write(&tensors);
+    place.refuses("convert from-hf model other", &["lm_head.weight", "differs from wte.weight"]);
+}
+
+#[test]
+fn a_tokenizer_goes_in_and_out() {
+    let place = Place::new();
+    place.ok("data train-tokenizer corpus.txt --out tokenizer.json --vocab 300");
+    place.ok("data tokenize corpus.txt --tokenizer tokenizer.json --out bpe");
+    place.ok("train -c run.toml --set run=words --set data.path=bpe");
+    place.ok("convert to-hf words out");
+    assert_eq!(place.read("out/tokenizer.json"), place.read("bpe/tokenizer.json"));
+    assert_eq!(json(&place.join("out/tokenizer_config.json"))["tokenizer_class"], "PreTrainedTokenizerFast");
+    place.ok("convert from-hf out in");
+    let before = place.ok("generate words --prompt The --tokens 5 --temperature 0 --json").json();
+    assert_eq!(place.ok("generate in --prompt The --tokens 5 --temperature 0 --json").json(), before);
+}
