@@ -19,7 +19,7 @@
 //! | 1 | [`backend`] (cpu, cuda), [`comm`] | a device's memory, streams, copies; how kernels load and launch; sums between ranks |
 //! | 2 | [`ops`] | one stem an operation: contract, CPU code, tests, launcher; its device code is `kernels/` of the same stem |
 //! | 3 | [`model`], [`mup`] | the parameter table, forward and backward; factors as pure arithmetic |
-//! | 4 | [`config`], [`optim`], [`schedule`], [`data`], [`feed`], [`checkpoint`], [`state`], [`upscale`] | what the user asked for; samples; files; loading and widening |
+//! | 4 | [`config`], [`optim`], [`schedule`], [`data`], [`feed`], [`checkpoint`], [`state`], [`upscale`], [`widen`] | what the user asked for; samples; files; loading and widening |
 //! | 5 | [`trainer`], [`report`], [`run`] | one step; what people and scripts see; a run folder |
 //! | 6 | [`quickstart`], [`bench`], [`selftest`], [`commands`] | the method on one example; speed; a device against the CPU; the command line |
 //!
@@ -77,6 +77,7 @@ pub mod selftest;
 pub mod state;
 pub mod trainer;
 pub mod upscale;
+pub mod widen;
 
 pub use dtype::DType;
 pub use error::{Error, Result};

@@ -15,7 +15,7 @@ const LAYERS: [&[&str]; 12] = [
     &["config", "data", "checkpoint", "report"],
     &["optim", "schedule", "feed"],
     &["state"],
-    &["upscale"],
+    &["upscale", "widen"],
     &["trainer"],
     &["run"],
     &["bench", "quickstart", "selftest"],

@@ -17,6 +17,7 @@ mod quickstart;
 mod selftest;
 mod train;
 mod upscale;
+mod widen_tensors;
 
 use crate::{
     DType, Error, Result,
@@ -49,6 +50,8 @@ enum Command {
     Resume(train::ResumeArgs),
     /// Widen a checkpoint: weights, optimizer moments, and the shape that hyperparameters follow
     Upscale(upscale::Args),
+    /// Widen the tensors of a model that mupscale cannot train, such as a PyTorch state dict
+    WidenTensors(widen_tensors::Args),
     /// Continue a text
     Generate(generate::Args),
     /// Measure a checkpoint's loss on data
@@ -95,6 +98,7 @@ impl Args {
             Command::Train(args) => train::train(args),
             Command::Resume(args) => train::resume(args),
             Command::Upscale(args) => upscale::run(args),
+            Command::WidenTensors(args) => widen_tensors::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),

@@ -26,7 +26,7 @@ pub mod dataset;
 pub mod inspect;
 mod mapped;
 pub mod order;
-pub(crate) mod output;
+pub mod output;
 pub mod rows;
 pub mod shard;
 pub mod synth;

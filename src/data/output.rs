@@ -9,7 +9,7 @@ use std::{
 };
 
 /// A file or folder that is being written beside its final place. Dropped before [`Partial::publish`], it is removed.
-pub(crate) struct Partial {
+pub struct Partial {
     beside: PathBuf,
     target: PathBuf,
     published: bool,
@@ -18,7 +18,7 @@ pub(crate) struct Partial {
 impl Partial {
     /// Starts a folder that will be `target`. An existing one is refused without `force`, and with `force` if it does
     /// not hold the file `mark`, which every folder of this kind holds: `--force` shall not delete somebody's home.
-    pub(super) fn folder(target: &Path, force: bool, mark: &str) -> Result<Self> {
+    pub fn folder(target: &Path, force: bool, mark: &str) -> Result<Self> {
         if target.exists() {
             if !force {
                 return Err(Error::Exists { path: target.into() });
@@ -36,7 +36,7 @@ impl Partial {
     }
 
     /// Starts a file that will be `target`; an existing one is refused without `force`.
-    pub(crate) fn file(target: &Path, force: bool) -> Result<Self> {
+    pub fn file(target: &Path, force: bool) -> Result<Self> {
         if target.is_dir() || (target.exists() && !force) {
             return Err(Error::Exists { path: target.into() });
         }
@@ -55,12 +55,12 @@ impl Partial {
     }
 
     /// The folder, or file, to write into.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.beside
     }
 
     /// Puts what was written in its place; what was there before is removed after that.
-    pub(crate) fn publish(mut self) -> Result<()> {
+    pub fn publish(mut self) -> Result<()> {
         if self.beside.is_dir() {
             File::open(&self.beside).and_then(|f| f.sync_all()).map_err(Error::io("write", &self.beside))?;
             let old = sibling(&self.target, "old")?;

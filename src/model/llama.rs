@@ -33,7 +33,7 @@ pub fn spec(dims: Dims, layers: usize, vocab: usize, context: usize, parts: Llam
         norm: NormKind::Rms,
         norm_bias: false,
         norm_eps: 1e-5,
-        positions: Positions::Rope { base: parts.rope_base, dim },
+        positions: Positions::Rope { base: parts.rope_base, dim, scaling: None },
         feed_forward: FeedForward::Gated,
         qkv_bias: parts.qkv_bias,
         bias: false,

@@ -126,9 +126,9 @@ pub fn float_tensor<B: Backend>(backend: &B, dtype: DType, values: &[f64]) -> Re
 /// A network of any architecture.
 pub enum Network<B: Backend> {
     /// gpt2, llama.
-    Decoder(Decoder<B>),
+    Decoder(Box<Decoder<B>>),
     /// mlp.
-    Mlp(Mlp),
+    Mlp(Box<Mlp>),
 }
 
 /// Reserved activations of any architecture.
@@ -182,8 +182,8 @@ impl<B: Ops> Network<B> {
                     format!("is over {}, the largest that this device computes: use --device cpu", B::LARGEST_HEAD);
                 return Err(Error::config("model.head_dim", d.dims.get(Width::HeadDim), why));
             }
-            Spec::Decoder(d) => Self::Decoder(Decoder::new(backend, d, scaling)?),
-            Spec::Mlp(m) => Self::Mlp(Mlp::new(m, scaling)),
+            Spec::Decoder(d) => Self::Decoder(Box::new(Decoder::new(backend, d, scaling)?)),
+            Spec::Mlp(m) => Self::Mlp(Box::new(Mlp::new(m, scaling))),
         })
     }
 

@@ -7,6 +7,7 @@ use crate::{
     ops::{activation::Activation, norm::NormKind},
 };
 use serde::{Deserialize, Serialize};
+use std::f64::consts::TAU;
 
 /// An architecture at a shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,7 +32,77 @@ pub enum Positions {
         /// Head size whose frequencies are used. Widening the head keeps it: frequency i of a head of size e is that of
         /// index i / (e / dim).
         dim: usize,
+        /// How frequencies were changed for a longer context, if they were.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scaling: Option<RopeScaling>,
     },
+}
+
+/// A change of RoPE's frequencies for a longer context, as models that others trained have it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// All divided by `factor` (arXiv 2306.15595).
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3.1's: waves longer than `original_context / low` are divided by `factor`, those shorter than
+    /// `original_context / high` stay, and between them the frequencies are interpolated.
+    Llama3 {
+        /// The divisor of the slowest.
+        factor: f64,
+        /// Waves of the original context below which a frequency is divided.
+        low: f64,
+        /// Waves of the original context above which a frequency stays.
+        high: f64,
+        /// Tokens of the context before.
+        original_context: usize,
+    },
+}
+
+impl RopeScaling {
+    /// The changed frequency, in radians per token.
+    pub fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low, high, original_context } => {
+                let waves = original_context as f64 * frequency / TAU;
+                let kept = ((waves - low) / (high - low)).clamp(0.0, 1.0);
+                frequency * (kept + (1.0 - kept) / factor)
+            }
+        }
+    }
+
+    fn check(self) -> Result<()> {
+        match self {
+            Self::Linear { factor } => positive("rope_scaling.factor", factor),
+            Self::Llama3 { factor, low, high, original_context } => {
+                positive("rope_scaling.factor", factor)?;
+                positive("rope_scaling.low", low)?;
+                positive("rope_scaling.high", high)?;
+                size_of("rope_scaling.original_context", original_context)?;
+                if high > low {
+                    return Ok(());
+                }
+                Err(Error::config("model.rope_scaling.high", high, format!("must be over low, which is {low}")))
+            }
+        }
+    }
+}
+
+impl Positions {
+    /// RoPE's frequencies for a head of this size, one for each pair, in radians per token. A head of size e uses those
+    /// of a head of size `dim`, base^(−2j/dim), each e/dim times.
+    pub fn frequencies(&self, head_dim: usize) -> Option<Vec<f64>> {
+        let Self::Rope { base, dim, scaling } = *self else { return None };
+        let copies = head_dim / dim;
+        let frequency = |i: usize| {
+            let standard = base.powf(-((i / copies) as f64) / (dim / 2) as f64);
+            scaling.map_or(standard, |scaling| scaling.apply(standard))
+        };
+        Some((0..head_dim / 2).map(frequency).collect())
+    }
 }
 
 /// The MLP of a block.
@@ -207,6 +278,16 @@ impl MlpSpec {
 }
 
 impl DecoderSpec {
+    /// Factor on attention scores.
+    pub fn attention_scale(&self, scaling: &Scaling) -> f64 {
+        self.alphas.attention * scaling.attention(&self.dims)
+    }
+
+    /// Factor on logits.
+    pub fn readout_scale(&self, scaling: &Scaling) -> f64 {
+        self.alphas.logits / self.dims.ratio(scaling.reference(&self.dims), Width::Residual)
+    }
+
     fn check(&self) -> Result<()> {
         at_most(MAX_LAYERS, "layers", self.layers)?;
         size_of("vocab", self.vocab)?;
@@ -216,8 +297,9 @@ impl DecoderSpec {
             let why = format!("kv_heads × group × head_dim, {attention:?}, is over {MAX_SIZE}");
             return Err(Error::config("model.kv_heads", self.dims.get(Width::KvHeads), why));
         }
-        if let Positions::Rope { base, dim } = self.positions {
+        if let Positions::Rope { base, dim, scaling } = self.positions {
             positive("rope_base", base)?;
+            scaling.map_or(Ok(()), RopeScaling::check)?;
             let e = self.dims.get(Width::HeadDim);
             if !e.is_multiple_of(2) {
                 return Err(Error::config("model.head_dim", e, "RoPE turns pairs: the head size must be even"));
@@ -281,5 +363,31 @@ impl Scaling {
     pub fn attention(&self, dims: &Dims) -> f64 {
         let e = dims.get(Width::HeadDim) as f64;
         (self.reference(dims).get(Width::HeadDim) as f64).sqrt() / e
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama3_scaling_keeps_fast_waves_and_divides_slow_ones() {
+        let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original_context: 64 };
+        let at = |waves: f64| scaling.apply(waves * TAU / 64.0) * 64.0 / TAU;
+        assert_eq!(at(5.0), 5.0);
+        assert!((at(0.5) - 0.5 / 8.0).abs() < 1e-15);
+        // In the middle, half of either.
+        assert!((at(2.5) - 2.5 * (0.5 + 0.5 / 8.0)).abs() < 1e-15);
+        let refused = |low, high| RopeScaling::Llama3 { factor: 8.0, low, high, original_context: 64 }.check();
+        assert!(refused(4.0, 4.0).unwrap_err().to_string().contains("rope_scaling.high = 4"));
+    }
+
+    #[test]
+    fn what_was_stored_without_scaling_is_read() {
+        let text = r#"{"kind":"rope","base":10000.0,"dim":4}"#;
+        let positions: Positions = serde_json::from_str(text).unwrap();
+        assert_eq!(positions, Positions::Rope { base: 1e4, dim: 4, scaling: None });
+        assert_eq!(serde_json::to_string(&positions).unwrap(), text);
+        assert_eq!(positions.frequencies(8).unwrap(), [1.0, 1.0, 0.01, 0.01]);
     }
 }

@@ -59,8 +59,13 @@ impl Place {
         place
     }
 
+    /// An empty folder.
+    pub fn empty() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
     fn template() -> Self {
-        let place = Self { dir: tempfile::tempdir().unwrap() };
+        let place = Self::empty();
         place.ok("data synth corpus.txt --bytes 20000");
         place.ok("data tokenize corpus.txt --out data");
         let row = |i: usize| format!("{},{},{}\n", (i * 7 % 13) as f64 / 6.0 - 1.0, (i * 5 % 11) as f64 / 5.0, i % 3);
@@ -100,9 +105,13 @@ impl Place {
         names
     }
 
-    /// The command, not yet started; its words are divided at spaces.
+    /// The command, not yet started; its words are divided at spaces. `convert` is mupscale-convert.
     pub fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mupscale"));
+        let (program, line) = match line.strip_prefix("convert ") {
+            Some(rest) => (env!("CARGO_BIN_EXE_mupscale-convert"), rest),
+            None => (env!("CARGO_BIN_EXE_mupscale"), line),
+        };
+        let mut command = Command::new(program);
         command.args(line.split_whitespace()).current_dir(self.path()).stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command

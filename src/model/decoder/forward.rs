@@ -229,6 +229,21 @@ impl<B: Ops> Decoder<B> {
         }
     }
 
+    /// What a forward pass leaves of a micro-batch: the residual stream behind the last block and, normalised, what the
+    /// readout reads; both rows × residual.
+    pub fn hidden<'a>(
+        &self,
+        backend: &B,
+        w: Weights<'_, B>,
+        acts: &'a mut Activations<B>,
+        batch: &Batch<B>,
+        micro: MicroBatch,
+    ) -> (Ref<'a, B>, Ref<'a, B>) {
+        self.forward(backend, w, acts, &mut Pass::new(batch, micro));
+        let (a, rows) = (&acts.0, micro.rows());
+        (self.stream(&a.x[a.x.len() - 1], rows), self.stream(&a.norm, rows))
+    }
+
     /// Losses of a micro-batch, without gradients.
     pub fn evaluate(
         &self,

@@ -17,7 +17,7 @@ pub use rows::{BlockRows, DecoderRows, Layer, VOCAB_MULTIPLE, table};
 use super::{
     MicroBatch, float_tensor,
     param::Table,
-    spec::{DecoderSpec, Positions, Scaling},
+    spec::{DecoderSpec, Scaling},
 };
 use crate::{
     Result,
@@ -47,16 +47,14 @@ impl<B: Backend> Decoder<B> {
     /// Prepares a decoder on a device.
     pub fn new(backend: &B, spec: &DecoderSpec, scaling: &Scaling) -> Result<Self> {
         let (table, rows) = table(spec);
-        let angles = match spec.positions {
-            Positions::Learned => None,
-            Positions::Rope { base, dim } => {
-                let angles = rotary_angles(spec.context, spec.dims.get(Width::HeadDim), dim, base);
+        let angles = match spec.positions.frequencies(spec.dims.get(Width::HeadDim)) {
+            None => None,
+            Some(frequencies) => {
+                let angles = rotary_angles(spec.context, &frequencies);
                 Some(float_tensor(backend, backend.statistics(), &angles)?)
             }
         };
-        let width = spec.dims.ratio(scaling.reference(&spec.dims), Width::Residual);
-        let attention_scale = spec.alphas.attention * scaling.attention(&spec.dims);
-        let readout_scale = spec.alphas.logits / width;
+        let (attention_scale, readout_scale) = (spec.attention_scale(scaling), spec.readout_scale(scaling));
         Ok(Self { spec: spec.clone(), table, rows, attention_scale, readout_scale, angles })
     }
 
@@ -101,15 +99,11 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// (cos, sin) of position × frequency, positions × head_dim/2 × 2. A head of size e uses the frequencies
-/// base^(−j/(dim/2)) of a head of size `dim`, each e/dim times.
-fn rotary_angles(positions: usize, head_dim: usize, dim: usize, base: f64) -> Vec<f64> {
-    let copies = head_dim / dim;
-    let frequencies: Vec<f64> =
-        (0..head_dim / 2).map(|i| base.powf(-((i / copies) as f64) / (dim / 2) as f64)).collect();
-    let mut angles = Vec::with_capacity(positions * head_dim);
+/// (cos, sin) of position × frequency, positions × frequencies × 2.
+fn rotary_angles(positions: usize, frequencies: &[f64]) -> Vec<f64> {
+    let mut angles = Vec::with_capacity(positions * frequencies.len() * 2);
     for position in 0..positions {
-        for frequency in &frequencies {
+        for frequency in frequencies {
             let (sin, cos) = (position as f64 * frequency).sin_cos();
             angles.extend([cos, sin]);
         }
