@@ -11,6 +11,7 @@ use std::{
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::tensorboard::EventFile;
 use crate::{Error, Result};
 
 /// Name of the file in the run folder.
@@ -97,11 +98,12 @@ fn null_as_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// The open `metrics.jsonl` of a running run.
+/// The open `metrics.jsonl` of a running run, and beside it the same numbers for TensorBoard.
 #[derive(Debug)]
 pub struct MetricsLog {
     path: PathBuf,
     file: File,
+    events: EventFile,
     seconds: f64,
 }
 
@@ -114,7 +116,7 @@ impl MetricsLog {
                 io::ErrorKind::AlreadyExists => Error::Exists { path: path.clone() },
                 _ => Error::io("create", &path)(error),
             })?;
-        Ok(Self { path, file, seconds: 0.0 })
+        Ok(Self { path, file, events: EventFile::open(run_dir, 0)?, seconds: 0.0 })
     }
 
     /// Goes on with the file of a run resumed after `step`: later lines, and a last line that was torn, are
@@ -131,7 +133,7 @@ impl MetricsLog {
         })?;
         fs::rename(&beside, &path).map_err(Error::io("rename", &beside))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok(Self { path, file, seconds })
+        Ok(Self { path, file, events: EventFile::open(run_dir, step)?, seconds })
     }
 
     /// Seconds of the last record, at which the clock of a resumed run goes on; 0 for a new run.
@@ -147,6 +149,7 @@ impl MetricsLog {
             (&self.file).write_all(&line)
         };
         write().map_err(Error::io("write", &self.path))?;
+        self.events.append(record)?;
         self.seconds = record.seconds();
         Ok(())
     }
@@ -286,7 +289,7 @@ mod tests {
         assert!(before.starts_with(&kept), "kept lines changed");
         log.append(&records[3]).unwrap();
         assert_eq!(read(&path).unwrap(), records[..4]);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a partial file was left");
+        assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
     }
 
     #[test]
@@ -310,7 +313,7 @@ mod tests {
             assert!(message.contains(FILE_NAME) && message.contains("line 6"), "{message}");
         }
         assert_eq!(fs::read(&path).unwrap(), before);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a partial file was left");
+        assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
     }
 
     #[test]

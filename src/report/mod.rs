@@ -3,6 +3,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | [`metrics`] | `metrics.jsonl`: one [`metrics::Record`] a line, the source of every later picture or table |
+//! | [`tensorboard`] | the same numbers as event files for TensorBoard |
 //! | [`progress`] | bars on a terminal, plain lines elsewhere, on standard error |
 //! | [`chart`] | line charts as one self-contained SVG (`axis` holds its scales and ticks) |
 //! | [`table`] | text tables with aligned columns |
@@ -16,3 +17,4 @@ pub mod human;
 pub mod metrics;
 pub mod progress;
 pub mod table;
+pub mod tensorboard;

@@ -3,6 +3,7 @@
 //! ```text
 //! RUN/config.toml              the resolved configuration
 //! RUN/metrics.jsonl            one line for each step and each validation
+//! RUN/events.out.tfevents.…    the same for TensorBoard
 //! RUN/log.txt                  what was printed
 //! RUN/checkpoints/step-…/      checkpoints
 //! ```
