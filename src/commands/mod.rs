@@ -14,6 +14,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod quickstart;
+mod report;
 mod selftest;
 mod train;
 mod upscale;
@@ -55,6 +56,10 @@ enum Command {
     Eval(eval::Args),
     /// Show a checkpoint or a configuration: shape, parameters, and every tensor's axes and multipliers
     Inspect(inspect::Args),
+    /// Show a run under way on the terminal
+    Watch(report::WatchArgs),
+    /// Write runs as one HTML page: curves, norms, throughput, settings, samples
+    Report(report::ReportArgs),
     /// Make and look at training data
     #[command(subcommand)]
     Data(data::Command),
@@ -97,6 +102,8 @@ impl Args {
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
+            Command::Watch(args) => report::watch(args),
+            Command::Report(args) => report::report(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Doctor(args) => doctor::run(args),

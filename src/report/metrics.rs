@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, BufWriter, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -182,6 +182,43 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Reads a `metrics.jsonl` that grows.
+#[derive(Debug)]
+pub struct Tail {
+    path: PathBuf,
+    /// Bytes that have been read.
+    read: u64,
+}
+
+impl Tail {
+    /// Nothing has been read.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), read: 0 }
+    }
+
+    /// The records of the lines that were completed since the last call. A file that became shorter is one that a
+    /// resumed run wrote anew: it is read from its start.
+    pub fn news(&mut self) -> Result<Vec<Record>> {
+        let io = |error| Error::io("read", &self.path)(error);
+        let mut file = File::open(&self.path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        if size < self.read {
+            self.read = 0;
+        }
+        file.seek(SeekFrom::Start(self.read)).map_err(io)?;
+        let mut text = Vec::new();
+        file.take(size - self.read).read_to_end(&mut text).map_err(io)?;
+        text.truncate(text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1));
+        let lines = text.split_inclusive(|byte| *byte == b'\n');
+        let records = lines.map(|line| {
+            serde_json::from_slice(line).map_err(|e| Error::file(&self.path, format!("is not a metrics file: {e}")))
+        });
+        let records = records.collect::<Result<Vec<_>>>()?;
+        self.read += text.len() as u64;
+        Ok(records)
+    }
+}
+
 /// Calls `keep` with every line (without its end) and the record in it; the file is streamed.
 fn for_each_line(path: &Path, mut keep: impl FnMut(&[u8], Record) -> Result<()>) -> Result<()> {
     let mut reader = BufReader::new(File::open(path).map_err(Error::io("read", path))?);
@@ -314,6 +351,24 @@ mod tests {
         }
         assert_eq!(fs::read(&path).unwrap(), before);
         assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
+    }
+
+    #[test]
+    fn a_tail_gives_each_whole_line_once() {
+        let (dir, path, records) = run_of_four();
+        let mut tail = Tail::new(&path);
+        assert_eq!(tail.news().unwrap(), records);
+        assert_eq!(tail.news().unwrap(), []);
+        let line = serde_json::to_vec(&train(5)).unwrap();
+        add(&path, &line[..20]);
+        assert_eq!(tail.news().unwrap(), []);
+        add(&path, &line[20..]);
+        add(&path, b"\n");
+        assert_eq!(tail.news().unwrap(), [train(5)]);
+        MetricsLog::resume(dir.path(), 2).unwrap();
+        assert_eq!(tail.news().unwrap(), records[..3]);
+        add(&path, b"not a record\n");
+        assert!(tail.news().is_err());
     }
 
     #[test]

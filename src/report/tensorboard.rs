@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::Write,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -30,8 +30,7 @@ impl EventFile {
     pub(super) fn open(run_dir: &Path, step: u64) -> Result<Self> {
         // TensorBoard reads a folder's files by their names' order.
         let path = run_dir.join(format!("{PREFIX}{:010}.{step:08}", now() as u64));
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("create", &path))?;
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("create", &path))?;
         let mut events = Self { path, file };
         events.write(Message::event(0).text(3, "brain.Event:2"))?;
         if step > 0 {
