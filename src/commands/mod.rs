@@ -16,6 +16,7 @@ mod inspect;
 mod quickstart;
 mod report;
 mod selftest;
+mod tasks;
 mod train;
 mod upscale;
 
