@@ -29,7 +29,9 @@ use crate::{
 use clap::{CommandFactory, Parser, Subcommand};
 use std::{
     fmt::Display,
+    fs,
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -76,6 +78,11 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages, one for each command, for man(1)
+    Man {
+        /// The folder to write them to
+        folder: PathBuf,
+    },
 }
 
 /// Runs the command that the arguments name.
@@ -113,6 +120,10 @@ impl Args {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut script);
                 print(String::from_utf8_lossy(&script))
+            }
+            Command::Man { folder } => {
+                fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+                clap_mangen::generate_to(Args::command(), &folder).map_err(Error::io("write", &folder))
             }
         }
     }

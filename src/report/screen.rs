@@ -76,6 +76,7 @@ impl Watched {
         if let Some(steps) = self.steps {
             let _ = write!(first, "/{steps}  {:.0} %", 100.0 * last.step as f64 / steps.max(1) as f64);
         }
+        let _ = write!(first, "  {} tokens", human::count(last.tokens as f64));
         match self.left() {
             _ if self.finished() => first += &format!("  done in {}", human::seconds(last.seconds)),
             Some(left) => first += &format!("  {} left", human::seconds(left)),
@@ -93,7 +94,6 @@ impl Watched {
             format!("update {}", human::number(last.update_norm)),
             human::rate(last.tokens_per_second, "tok"),
             human::bytes(last.memory),
-            format!("{} tokens", human::count(last.tokens as f64)),
         ];
         let mut lines = vec![first, numbers.join("  ")];
         if let Some(last) = self.held_out.last() {
@@ -200,7 +200,9 @@ mod tests {
         let mut run = falling(100);
         run.push(held_out(100, 4.25));
         let frame = run.frame(80, 20, 0.0);
-        for part in ["step 100/200  50 %  1m 40s left", "loss 4.0000", "held-out loss 4.2500", "100 tok/s", "o"] {
+        for part in
+            ["step 100/200  50 %  10.0 k tokens  1m 40s left", "loss 4.0000", "held-out loss 4.2500", "100 tok/s", "o"]
+        {
             assert!(frame.contains(part), "{part}: {frame}");
         }
         assert!(!run.finished() && !frame.contains("stopped"));
