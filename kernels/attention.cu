@@ -4,9 +4,9 @@
 //
 // FLOPs: 4 head_dim for each visible pair. Bytes: q and out once; k and v once for every block of queries, mostly from
 // L2, as neighbouring blocks are those of one sequence and key/value head. Shared memory: q, and two buffers of k and v
-// each, 48 KiB for heads of 64 (bf16), 96 KiB for 128: two blocks of four warps on a Hopper's multiprocessor, where
-// their registers allow as many. With 32 rows a warp, a piece of k or v that is read from shared memory serves two
-// products of the tensor cores: 160 bytes a product, of which a multiprocessor can read 0.8 a clock.
+// each; in bf16 48 KiB for heads of 64, 64 KiB for 128. With 32 rows a warp, what is read of k or v serves two products
+// of the tensor cores: 160 bytes a product (heads of 64; 192 for 128), so that shared memory allows 0.8 (0.67) products
+// a clock and multiprocessor, which is what mma.sync reaches on a Hopper.
 #include "attention.cuh"
 
 template <int D>

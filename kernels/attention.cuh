@@ -9,10 +9,11 @@
 
 #define LOG2_E 1.4426950408889634f
 
-// How a kernel cuts its work for one head size: `warps` with `blocks` times 16 rows each stay in a block of threads, and
-// tiles of `columns` rows of the other side pass by, in two buffers. src/ops/attention/cuda.rs has the same tables. All
-// fit into the 99 KiB of shared memory that the least of our GPUs offers, and those of head sizes up to 64 twice into a
-// Hopper's 227 KiB, those of 128 (96 KiB) also.
+// How a kernel cuts its work for one head size: `warps` with `blocks` times 16 rows each stay in a block of threads,
+// and tiles of `columns` rows of the other side pass by, in two buffers. src/ops/attention/cuda.rs has the same tables.
+// They are the same for all GPUs: everything fits into the 99 KiB of shared memory that the least of them offers, and
+// twice into a Hopper's 227 KiB; more blocks than two would find no registers, of which a thread has up to 255. Larger
+// tiles (64 columns for heads of 128) spill.
 struct Tiles {
     int warps, blocks, columns;
     DEVICE constexpr int rows() const { return 16 * blocks * warps; }
@@ -86,7 +87,8 @@ DEVICE void load_tile(T* tile, const T* from, u64 stride, u32 rows, u32 head_dim
     }
 }
 
-// Writes a warp's product to the first `rows` rows of a head, by way of as many rows of a tile that only this warp uses.
+// Writes a warp's product to the first `rows` rows of a head, by way of as many rows of a tile that only this warp
+// uses.
 template <int D, int BLOCKS, class T>
 DEVICE void store_product(T* to, u64 stride, u32 rows, u32 head_dim, const Product<BLOCKS, D>& product, T* tile) {
     constexpr u32 PIECES = D / WIDE<T>;
@@ -228,7 +230,9 @@ DEVICE f32 row_sum(f32 x) {
 }
 
 // The first key of a query, 0 without `first_key`.
-DEVICE i32 first_of(const i32* first_key, u32 query) { return first_key && first_key[query] > 0 ? first_key[query] : 0; }
+DEVICE i32 first_of(const i32* first_key, u64 query) {
+    return first_key && first_key[query] > 0 ? first_key[query] : 0;
+}
 
 // What a block of queries sees of its sequence: query i stands at `position + i`.
 struct Queries {

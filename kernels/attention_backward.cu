@@ -1,21 +1,24 @@
-// Causal attention, backward: dq, dk and dv from dout without the scores ever being in memory. With p the probabilities,
-// computed again from the saved log-sum-exp, and inner = sum over a head of out dout:
+// Causal attention, backward: dq, dk and dv from dout without the scores ever being in memory. With p the
+// probabilities, computed again from the saved log-sum-exp, and inner = sum over a head of out dout:
 //     dv = p^T dout,  ds = p (dout v^T - inner),  dq = scale ds k,  dk = scale ds^T q  (Dao, arXiv 2307.08691, alg. 2).
 //
-// Three kernels: inner; dq, whose blocks have queries and go over keys; dk and dv, whose blocks have keys and go over the
-// queries of all heads that share them. So every sum has one owner and a fixed order; the price is that scores and
+// Three kernels: inner; dq, whose blocks have queries and go over keys; dk and dv, whose blocks have keys and go over
+// the queries of all heads that share them. So every sum has one owner and a fixed order; the price is that scores and
 // dout v^T are computed in both, 7 products instead of 5.
 //
-// FLOPs: 14 head_dim for each visible pair. Bytes: qkv twice and dout, out, dqkv once or twice, the passing tiles mostly
-// from L2. Shared memory: at most 97 KiB (Tiles); 64 KiB for dq and 49 KiB for dk, dv of heads of 64 in bf16.
+// FLOPs: 14 head_dim for each visible pair. Bytes: out once, dout three times, qkv twice, dqkv once; tiles that pass by
+// come mostly from L2. Shared memory in bf16: 50 KiB for dq and 49 KiB for dk, dv of heads of 64; 98 and 65 KiB for
+// those of 128.
 #include "attention.cuh"
 
+template <int D> constexpr int F32_WARPS = D <= 128 ? 4 : 2;
+template <int D> constexpr int F32_COLUMNS = D <= 96 ? 32 : D <= 192 ? 16 : 8;
 template <int D>
 constexpr Tiles BY_QUERY = sizeof(real) == 2 ? Tiles{4, D <= 128 ? 2 : 1, D <= 192 ? 32 : 16}
-                                             : Tiles{D <= 128 ? 4 : 2, D <= 64 ? 2 : 1, D <= 96 ? 32 : D <= 192 ? 16 : 8};
+                                             : Tiles{F32_WARPS<D>, D <= 64 ? 2 : 1, F32_COLUMNS<D>};
 template <int D>
 constexpr Tiles BY_KEY = sizeof(real) == 2 ? Tiles{4, D <= 64 ? 2 : 1, D <= 192 ? 32 : 16}
-                                           : Tiles{D <= 128 ? 4 : 2, 1, D <= 96 ? 32 : D <= 192 ? 16 : 8};
+                                           : Tiles{F32_WARPS<D>, 1, F32_COLUMNS<D>};
 
 // What is known of a query and head: log-sum-exp in powers of 2, +infinity where no key is seen, so that its
 // probabilities are 0; inner; the first key, as bits. Each head of a sequence has `padded` of them, a multiple of every
@@ -140,7 +143,7 @@ template <int D> DEVICE void by_query(const Arguments& p, u8* shared) {
     store_product(to, p.row, first < p.tokens ? p.tokens - first : 0, p.head_dim, dq, q_tile + row * D);
 }
 
-// One past the last query that sees a key before `keys_end`, as far as first keys say. All threads of the block call it.
+// One past the last query that sees a key before `keys_end`, as far as first keys say. The whole block calls it.
 DEVICE u32 end_of_queries(const i32* first_key, u32 tokens, u32 keys_end, u32* scratch) {
     if (!first_key) return tokens;
     u32 end = 0;

@@ -69,10 +69,16 @@ pub enum Error {
     /// A device (GPU, driver, library) that is missing or cannot do what is asked.
     #[error("{0}")]
     Device(String),
-    /// A device that failed while it worked.
+    /// A device that failed while it worked, or another rank.
     #[error("{0}")]
     Fault(String),
-    /// SIGTERM or SIGINT: the step was finished and saved.
+    /// Another rank of the run says why it ends; this one ends with it, without a word.
+    #[error("another rank says why")]
+    Elsewhere {
+        /// The exit code of that rank.
+        code: u8,
+    },
+    /// SIGTERM, SIGINT or SIGUSR1: the step was finished and saved.
     #[error("stopped by a signal after step {step}; saved in {}: go on with `mupscale resume {}`", checkpoint.display(), run.display())]
     Interrupted {
         /// Last finished step.
@@ -137,6 +143,7 @@ impl Error {
             Self::Fault(_) => 3,
             Self::NonFinite { .. } => 4,
             Self::Interrupted { .. } => 75,
+            Self::Elsewhere { code } => *code,
         }
     }
 }

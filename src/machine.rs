@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 use signal_hook::{
-    consts::{SIGINT, SIGTERM},
+    consts::{SIGINT, SIGTERM, SIGUSR1},
     flag,
 };
 use std::{
@@ -32,14 +32,14 @@ fn field(file: &str, name: &str) -> Option<usize> {
     Some(kibibytes << 10)
 }
 
-/// A flag that SIGTERM and SIGINT raise; a second SIGINT ends the process at once.
+/// A flag that SIGTERM, SIGINT and SIGUSR1 (a queue's notice) raise; a second SIGINT ends the process at once.
 pub fn stop_flag() -> Result<Arc<AtomicBool>> {
     static FLAG: OnceLock<std::io::Result<Arc<AtomicBool>>> = OnceLock::new();
     let flag = FLAG.get_or_init(|| {
         let stop = Arc::new(AtomicBool::new(false));
         // In this order: the first signal finds the flag down and only raises it.
         flag::register_conditional_shutdown(SIGINT, 130, stop.clone())?;
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGUSR1] {
             flag::register(signal, stop.clone())?;
         }
         Ok(stop)

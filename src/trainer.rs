@@ -7,7 +7,7 @@
 use crate::{
     DType, Error, Result,
     backend::{Backend, HostBuffer, Stream, Tensor},
-    comm::{self, Comm},
+    comm::{self, Comm, Ticket},
     config::{Config, OnNan, OptimizerConfig},
     feed::{Feed, Samples},
     model::{
@@ -127,10 +127,7 @@ impl<B: Ops> Trainer<B> {
         let network = Network::new(&backend, &meaning.spec, &meaning.scaling)?;
         let (table, micro) = (network.table(), micro_batch(config, &meaning.spec));
         let optimizer = meaning.optimizer.clone();
-        if config.batch.micro_batches < comm.world() {
-            let why = format!("fewer than the {} ranks: every rank needs a micro-batch", comm.world());
-            return Err(Error::config("batch.micro_batches", config.batch.micro_batches, why));
-        }
+        enough_micro_batches(config, comm.world())?;
         let share = comm::share(config.batch.micro_batches, comm.rank(), comm.world());
         let pieces = Pieces::new(
             &backend,
@@ -259,17 +256,17 @@ impl<B: Ops> Trainer<B> {
             self;
         let (comm, merges) = (&**comm, merges[index]);
         let top = stack_height(&self.merges, index);
-        let mut fault = Ok(());
+        let (mut fault, mut tickets) = (Ok(()), Vec::new());
         let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
             if sums.is_empty() {
                 return;
             }
             let range = network.table().group(group);
             push(backend, sums, top, merges, range.clone(), part.as_ref());
-            if last && comm.world() > 1 {
-                let reduced = reduce(backend, comm, sums[0].slice_mut(range));
-                if fault.is_ok() {
-                    fault = reduced;
+            if last && comm.world() > 1 && fault.is_ok() {
+                match reduce(backend, comm, sums[0].slice_mut(range.clone())) {
+                    Ok(ticket) => tickets.push((range, ticket)),
+                    Err(error) => fault = Err(error),
                 }
             }
         };
@@ -282,6 +279,9 @@ impl<B: Ops> Trainer<B> {
             Ok(())
         })?;
         fault?;
+        for (range, ticket) in tickets {
+            comm.finish_all_reduce(backend, Stream::Communication, ticket, sums[0].slice_mut(range))?;
+        }
         if last && !self.sums.is_empty() {
             let done = self.backend.record(Stream::Communication);
             self.backend.wait(Stream::Compute, &done);
@@ -422,6 +422,15 @@ pub fn micro_batch(config: &Config, spec: &Spec) -> MicroBatch {
     MicroBatch { samples: config.batch.size, length: spec.context() }
 }
 
+/// Every rank needs a micro-batch.
+pub fn enough_micro_batches(config: &Config, world: usize) -> Result<()> {
+    if config.batch.micro_batches >= world {
+        return Ok(());
+    }
+    let why = format!("fewer than the {world} ranks: every rank needs a micro-batch");
+    Err(Error::config("batch.micro_batches", config.batch.micro_batches, why))
+}
+
 /// Sums on the stack before micro-batch `index` is pushed.
 fn stack_height(merges: &[usize], index: usize) -> usize {
     index - merges[..index].iter().sum::<usize>()
@@ -443,11 +452,11 @@ fn push<B: Ops>(
     }
 }
 
-/// Sums over ranks on the communication stream, behind what the compute stream has done so far.
-fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_, B>) -> Result<()> {
+/// Begins a sum over ranks on the communication stream, behind what the compute stream has done so far.
+fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_, B>) -> Result<Ticket<B>> {
     let ready = backend.record(Stream::Compute);
     backend.wait(Stream::Communication, &ready);
-    comm.all_reduce(backend, Stream::Communication, part)
+    comm.begin_all_reduce(backend, Stream::Communication, part)
 }
 
 /// Elements of scratch for Muon's largest matrix; None if no row is Muon's.

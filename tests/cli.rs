@@ -3,7 +3,7 @@
 mod command;
 
 use clap::CommandFactory;
-use command::{Place, essence};
+use command::{Place, contents, essence};
 use serde_json::Value;
 use std::fs;
 
@@ -40,7 +40,7 @@ fn help_is_complete() {
 #[test]
 fn the_commands_have_the_options_that_users_were_promised() {
     let promised = [
-        ("train", "--config --set --force --device --threads --on-nan --json"),
+        ("train", "--config --set --force --resume --device --threads --on-nan --json"),
         ("resume", "--set --device --threads --on-nan --json"),
         (
             "upscale",
@@ -138,6 +138,37 @@ fn resume_goes_on_as_if_nothing_had_happened() {
         assert_eq!(outcome["steps"], 4);
         assert!(essence(&place.join(run), 4) == whole, "{config}");
     }
+}
+
+#[test]
+fn the_same_command_begins_goes_on_and_finds_the_run_complete() {
+    let place = Place::new();
+    place.write("wide.toml", String::from_utf8(place.read("run.toml")).unwrap().split("[model]").next().unwrap());
+    let (narrow, wide) =
+        ("-c run.toml --set run=n", "-c wide.toml --set run=w --set init={from='base',upscale={width=2}}");
+    for (run, line) in [("n", narrow), ("w", wide)] {
+        let line = format!("train {line} --resume auto --set checkpoint.every=2");
+        // A kill before the first checkpoint leaves a folder without one, or without anything.
+        fs::create_dir_all(place.join(run).join("checkpoints")).unwrap();
+        place.ok(&line);
+        fs::remove_dir_all(place.join(run).join("checkpoints")).unwrap();
+        fs::create_dir(place.join(run).join("checkpoints")).unwrap();
+        let begun = place.ok(&format!("{line} --json")).json();
+        let whole = essence(&place.join(run), 4);
+        fs::remove_dir_all(place.join(run).join("checkpoints/step-00000004")).unwrap();
+        let went_on = place.ok(&format!("{line} --threads 2 --json")).json();
+        assert!(essence(&place.join(run), 4) == whole, "{run}");
+        let complete = contents(&place.join(run));
+        let found = place.ok(&format!("{line} --json")).json();
+        assert!(contents(&place.join(run)) == complete, "{run}: a complete run stays as it is");
+        for outcome in [went_on, found] {
+            for key in ["run", "checkpoint", "steps", "tokens", "loss"] {
+                assert_eq!(outcome[key], begun[key], "{run}: {key}");
+            }
+        }
+        place.refuses(&format!("{line} --set seed=5"), &["seed = 5", "was begun with", "another run folder"]);
+    }
+    place.refuses("train -c run.toml --resume auto --force", &["--force", "cannot be used with"]);
 }
 
 #[test]

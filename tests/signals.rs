@@ -1,4 +1,4 @@
-//! Signals: SIGTERM and SIGINT end a run after the step, with a checkpoint; no kill, at whatever moment, costs more than
+//! Signals: SIGTERM, SIGINT and SIGUSR1 end a run after the step, with a checkpoint; no kill, at whatever moment, costs more than
 //! the steps since the last one. What is resumed ends in the bytes of a run that was never disturbed.
 
 mod command;
@@ -47,7 +47,7 @@ fn a_signal_saves_and_resume_ends_in_the_same_bytes() {
     place.ok(&train("whole"));
     let whole = essence(&place.join("whole"), STEPS);
     assert!(whole.3.len() as u64 > STEPS, "every step and the validations are logged");
-    for name in ["TERM", "INT"] {
+    for name in ["TERM", "INT", "USR1"] {
         let child = place.command(&train(name)).spawn().unwrap();
         wait_for_a_step(&place, name);
         signal(&child, name);

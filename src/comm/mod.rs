@@ -1,12 +1,16 @@
 //! Collectives between ranks. A rank is a process (or, in [`threads`], a thread) with its own device.
 
+pub mod environment;
+pub mod meeting;
+pub mod store;
+pub mod tcp;
 pub mod threads;
 
 use crate::{
     Result,
     backend::{Backend, Mut, Stream},
 };
-use std::ops::Range;
+use std::{ops::Range, sync::mpsc::Receiver};
 
 /// A group of ranks. All of them make the same calls in the same order.
 pub trait Comm<B: Backend>: Send {
@@ -14,12 +18,31 @@ pub trait Comm<B: Backend>: Send {
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn world(&self) -> usize;
-    /// Replaces f64 values by their sum over ranks, the same on every rank: a binary tree over ranks, halves first
-    /// (see [`halves`]), so that a power of two of ranks adds as one rank with as many micro-batches does.
-    fn all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<()>;
+    /// Begins to replace f64 values by their sum over ranks, the same on every rank: a binary tree over ranks, halves
+    /// first (see [`halves`]), so that a power of two of ranks adds as one rank with as many micro-batches does.
+    /// The values are not to be touched before [`Comm::finish_all_reduce`].
+    fn begin_all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<Ticket<B>>;
+    /// Lets `stream` go on with the sum in `values`, which are those that `ticket` was given for. Sums are finished in
+    /// the order in which they were begun.
+    fn finish_all_reduce(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()>;
+    /// Every rank's bytes, by rank: for what hosts have to say to each other.
+    fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>>;
+    /// Tells the others that this rank ends, and why: what they wait for fails with this cause.
+    fn leave(&self, cause: &str);
+
+    /// Begins and finishes a sum.
+    fn all_reduce(&self, backend: &B, stream: Stream, mut values: Mut<'_, B>) -> Result<()> {
+        let ticket = self.begin_all_reduce(backend, stream, values.reborrow())?;
+        self.finish_all_reduce(backend, stream, ticket, values)
+    }
     /// Whether any rank says so: how ranks agree to stop.
-    fn any(&self, flag: bool) -> Result<bool>;
+    fn any(&self, flag: bool) -> Result<bool> {
+        Ok(self.exchange(&[u8::from(flag)])?.iter().any(|said| said == &[1]))
+    }
 }
+
+/// A sum under way; what it holds is its communicator's business.
+pub struct Ticket<B: Backend>(Option<Receiver<Result<B::Host>>>);
 
 /// A world of one rank.
 pub struct Solo;
@@ -31,12 +54,16 @@ impl<B: Backend> Comm<B> for Solo {
     fn world(&self) -> usize {
         1
     }
-    fn all_reduce(&self, _: &B, _: Stream, _: Mut<'_, B>) -> Result<()> {
+    fn begin_all_reduce(&self, _: &B, _: Stream, _: Mut<'_, B>) -> Result<Ticket<B>> {
+        Ok(Ticket(None))
+    }
+    fn finish_all_reduce(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
         Ok(())
     }
-    fn any(&self, flag: bool) -> Result<bool> {
-        Ok(flag)
+    fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![mine.to_vec()])
     }
+    fn leave(&self, _: &str) {}
 }
 
 /// The part of `count` items that a rank takes: contiguous, sizes differ by at most one, and equal to a subtree of

@@ -1,6 +1,6 @@
 //! Ranks as threads of one process: the reference for every other communicator.
 
-use super::{Comm, halves};
+use super::{Comm, Ticket, halves};
 use crate::{
     DType, Result,
     backend::{Backend, HostBuffer, Mut, Stream},
@@ -11,6 +11,7 @@ use std::sync::{Arc, Barrier, Mutex, PoisonError};
 struct Shared {
     barrier: Barrier,
     posts: Vec<Mutex<Vec<f64>>>,
+    notes: Vec<Mutex<Vec<u8>>>,
 }
 
 /// One rank of a group of threads.
@@ -23,7 +24,8 @@ impl Threads {
     /// A group of ranks, one for each thread.
     pub fn group(world: usize) -> Vec<Self> {
         let posts = (0..world).map(|_| Mutex::default()).collect();
-        let shared = Arc::new(Shared { barrier: Barrier::new(world), posts });
+        let notes = (0..world).map(|_| Mutex::default()).collect();
+        let shared = Arc::new(Shared { barrier: Barrier::new(world), posts, notes });
         (0..world).map(|rank| Self { rank, shared: shared.clone() }).collect()
     }
 
@@ -57,7 +59,7 @@ impl<B: Backend> Comm<B> for Threads {
         self.shared.posts.len()
     }
 
-    fn all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<()> {
+    fn begin_all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<Ticket<B>> {
         assert_eq!(values.dtype(), DType::F64);
         let bytes = values.len() * 8;
         let mut host = backend.host(bytes)?;
@@ -66,10 +68,22 @@ impl<B: Backend> Comm<B> for Threads {
         let sum = self.sum(bytemuck::pod_collect_to_vec(host.bytes()));
         host.bytes_mut().copy_from_slice(bytemuck::cast_slice(&sum));
         backend.upload(stream, &host, 0..bytes, values);
-        backend.synchronize(&backend.record(stream))
+        backend.synchronize(&backend.record(stream))?;
+        Ok(Ticket(None))
     }
 
-    fn any(&self, flag: bool) -> Result<bool> {
-        Ok(self.sum(vec![f64::from(u8::from(flag))])[0] > 0.0)
+    fn finish_all_reduce(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
+        Ok(())
     }
+
+    fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let note = |rank: usize| self.shared.notes[rank].lock().unwrap_or_else(PoisonError::into_inner);
+        *note(self.rank) = mine.to_vec();
+        self.shared.barrier.wait();
+        let all = (0..self.shared.notes.len()).map(|rank| note(rank).clone()).collect();
+        self.shared.barrier.wait();
+        Ok(all)
+    }
+
+    fn leave(&self, _: &str) {}
 }

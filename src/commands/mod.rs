@@ -92,6 +92,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // As if by SIGPIPE: who closed the pipe has seen enough.
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(141),
+        Err(Error::Elsewhere { code }) => ExitCode::from(code),
         Err(error) => {
             // Where nobody reads the message the code still tells.
             let _ = writeln!(io::stderr(), "error: {error}");

@@ -45,7 +45,7 @@ pub fn run(args: Args) -> Result<()> {
     for &precision in &args.precision {
         let cuda = Place { device: Device::Cuda, precision, ..Place::default() }.gpu()?;
         device = cuda.properties().name.clone();
-        checks.extend(selftest::ops(&cuda, &args.only)?.into_iter().map(|row| (precision, row)));
+        checks.extend(selftest::run(&cuda, &args.only)?.into_iter().map(|row| (precision, row)));
     }
     let failed = checks.iter().filter(|(_, row)| !row.ok).count();
     let verdict = Verdict { device, checks, failed, ok: failed == 0 };

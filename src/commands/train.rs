@@ -52,10 +52,21 @@ pub struct TrainArgs {
     #[arg(short, long, value_name = "FILE")]
     config: PathBuf,
     /// Replace the run folder if it exists
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     force: bool,
+    /// auto: go on with the run folder's newest complete checkpoint, if there is one; for launchers and queues, which
+    /// start the same command again
+    #[arg(long, value_name = "auto")]
+    resume: Option<WhenThere>,
     #[command(flatten)]
     how: HowArgs,
+}
+
+/// When a run goes on instead of beginning.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum WhenThere {
+    /// When it can.
+    Auto,
 }
 
 /// Arguments of `resume`.
@@ -68,7 +79,12 @@ pub struct ResumeArgs {
 }
 
 pub fn train(args: TrainArgs) -> Result<()> {
-    report(&run::train_file(&args.config, &args.how.assignments(), args.force, show(args.how.json))?, args.how.json)
+    let (sets, show) = (args.how.assignments(), show(args.how.json));
+    let outcome = match args.resume {
+        Some(WhenThere::Auto) => run::train_or_resume(&args.config, &sets, show)?,
+        None => run::train_file(&args.config, &sets, args.force, show)?,
+    };
+    report(&outcome, args.how.json)
 }
 
 pub fn resume(args: ResumeArgs) -> Result<()> {
@@ -76,6 +92,9 @@ pub fn resume(args: ResumeArgs) -> Result<()> {
 }
 
 fn report(outcome: &Outcome, json: bool) -> Result<()> {
+    if outcome.rank > 0 {
+        return Ok(());
+    }
     if json {
         return print_json(outcome);
     }

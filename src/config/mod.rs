@@ -71,6 +71,9 @@ pub struct Config {
     /// What is kept and what computed again.
     #[serde(default)]
     pub memory: MemoryConfig,
+    /// How ranks deal with each other.
+    #[serde(default)]
+    pub comm: CommConfig,
     /// At a loss or gradient that is not finite.
     #[serde(default)]
     pub on_nan: OnNan,
@@ -228,6 +231,20 @@ pub struct ValidationConfig {
 impl Default for ValidationConfig {
     fn default() -> Self {
         Self { every: 100, batches: 8 }
+    }
+}
+
+/// `[comm]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CommConfig {
+    /// Seconds: a rank that is missing, or silent, for so long ends the run.
+    pub timeout: u64,
+}
+
+impl Default for CommConfig {
+    fn default() -> Self {
+        Self { timeout: 600 }
     }
 }
 

@@ -107,6 +107,10 @@ impl Config {
                 return Err(Error::config(field, value, "must be between 1 and 1048576"));
             }
         }
+        if self.comm.timeout == 0 || self.comm.timeout > 1 << 30 {
+            let why = "must be at least 1: seconds";
+            return Err(Error::config("comm.timeout", self.comm.timeout, why));
+        }
         if self.memory.limit > usize::MAX >> 20 {
             return Err(Error::config(
                 "memory.limit",

@@ -17,8 +17,9 @@ pub mod plan;
 pub mod spec;
 
 use crate::{
-    DType, Result,
+    DType, Error, Result,
     backend::{Backend, Mut, Ref, Tensor},
+    dims::Width,
     ops::Ops,
 };
 use decoder::{ActivationSlots, Activations, Decoder, Recompute};
@@ -176,6 +177,11 @@ impl<B: Ops> Network<B> {
     /// Prepares a network on a device.
     pub fn new(backend: &B, spec: &Spec, scaling: &Scaling) -> Result<Self> {
         Ok(match spec {
+            Spec::Decoder(d) if d.dims.get(Width::HeadDim) > B::LARGEST_HEAD => {
+                let why =
+                    format!("is over {}, the largest that this device computes: use --device cpu", B::LARGEST_HEAD);
+                return Err(Error::config("model.head_dim", d.dims.get(Width::HeadDim), why));
+            }
             Spec::Decoder(d) => Self::Decoder(Decoder::new(backend, d, scaling)?),
             Spec::Mlp(m) => Self::Mlp(Mlp::new(m, scaling)),
         })

@@ -9,14 +9,18 @@
 //! RUN/checkpoints/step-…/      checkpoints
 //! ```
 
+mod again;
 mod model;
 mod place;
 mod prepare;
+mod ranks;
 mod session;
 
+pub use again::train_or_resume;
 pub use model::{Evaluation, Model, tokenizer};
 pub use place::{Place, Work};
 pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
+pub use ranks::Ranks;
 pub use session::{Outcome, train};
 
 use crate::{Result, config::Config, ops::Ops, report::progress::Show};
@@ -30,22 +34,31 @@ pub const LOG_FILE: &str = "log.txt";
 /// Texts that a report shows.
 pub const SAMPLES_FILE: &str = "samples.jsonl";
 
-/// Trains as a configuration file says.
+/// Trains as a configuration file says, as one of the ranks that the environment tells of.
 pub fn train_file(path: &Path, sets: &[String], force: bool, show: Show) -> Result<Outcome> {
-    start(prepare(path, sets)?, force, show)
+    let (ranks, prepared) = Ranks::meet(|| prepare(path, sets))?;
+    start(ranks, prepared, force, show)
 }
 
-/// Goes on with a run from its newest checkpoint. `sets` may change how the run computes, not what.
+/// Goes on with a run from its newest checkpoint, with any number of ranks. `sets` may change how the run computes,
+/// not what.
 pub fn resume(run: &Path, sets: &[String], show: Show) -> Result<Outcome> {
-    start(prepare_resume(run, sets)?, false, show)
+    let (ranks, prepared) = Ranks::meet(|| prepare_resume(run, sets))?;
+    start(ranks, prepared, false, show)
 }
 
-fn start(prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
-    let Config { device, precision, threads, eager, .. } = prepared.config;
-    Place { device, precision, threads, eager }.run(Training { prepared, force, show })
+fn start(ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
+    let Config { device, precision, mut threads, eager, .. } = prepared.config;
+    if threads == 0 && ranks.world.local_world > 1 {
+        // The ranks of a host share its cores.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        threads = (cores / ranks.world.local_world).max(1);
+    }
+    Place { device, precision, threads, eager }.run(Training { ranks, prepared, force, show })
 }
 
 struct Training {
+    ranks: Ranks,
     prepared: Prepared,
     force: bool,
     show: Show,
@@ -55,7 +68,7 @@ impl Work for Training {
     type Output = Outcome;
 
     fn on<B: Ops>(self, backend: B) -> Result<Outcome> {
-        train(backend, self.prepared, self.force, self.show)
+        train(backend, self.ranks, self.prepared, self.force, self.show)
     }
 }
 

@@ -94,11 +94,13 @@ pub fn prepare_resume(run: &Path, sets: &[String]) -> Result<Prepared> {
         ));
     }
     let origin = Origin::open(&newest_checkpoint(run)?)?;
-    let stored = origin.progress.config.clone().ok_or_else(|| {
-        Error::file(origin.reader.dir(), "holds no run's configuration: start a run from it with [init] from = …")
-    })?;
-    let mut config = resumed_config(&stored, sets)?;
+    let mut config = resumed_config(stored_config(&origin)?, sets)?;
     config.run = run.into();
+    go_on(origin, config)
+}
+
+/// Goes on from a checkpoint of the run that `config` describes.
+pub(super) fn go_on(origin: Origin, config: Config) -> Result<Prepared> {
     let data = Data::open(&config.data, Some(&origin.meaning.spec))?;
     let meaning = origin.meaning.clone();
     let position = origin.progress.position;
@@ -117,16 +119,29 @@ pub fn prepare_resume(run: &Path, sets: &[String]) -> Result<Prepared> {
     Ok(prepared)
 }
 
+/// The configuration that a run left in its checkpoint.
+pub(super) fn stored_config(origin: &Origin) -> Result<&Config> {
+    origin.progress.config.as_ref().ok_or_else(|| {
+        Error::file(origin.reader.dir(), "holds no run's configuration: start a run from it with [init] from = …")
+    })
+}
+
+/// Whether a run may change this key, in dots, when it goes on: it says how to compute, not what.
+pub(super) fn may_change(key: &str) -> bool {
+    CHANGEABLE.iter().any(|a| key == *a || key.starts_with(&format!("{a}.")))
+}
+
+const CHANGEABLE: [&str; 10] =
+    ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
+
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {
-    const ALLOWED: [&str; 9] =
-        ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "run", "data.path"];
     for set in sets {
         let key = set.split('=').next().unwrap_or_default().trim();
-        if !ALLOWED.iter().any(|a| key == *a || key.starts_with(&format!("{a}."))) {
+        if !may_change(key) {
             let why = format!(
                 "resume never changes this; it may set {}. For anything else start a run with [init] from = CHECKPOINT",
-                ALLOWED.join(", ")
+                CHANGEABLE.join(", ")
             );
             return Err(Error::config("--set", set, why));
         }

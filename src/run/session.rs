@@ -1,10 +1,14 @@
 //! A run under way: steps, metrics, validation, checkpoints, signals.
 
-use super::{CONFIG_FILE, LOG_FILE, Prepared};
+use super::{
+    CONFIG_FILE, LOG_FILE, Prepared,
+    prepare::Start,
+    ranks::{Ranks, agree},
+};
 use crate::{
     Error, Result,
     checkpoint::{CONFIG, STATE, Store},
-    comm::Solo,
+    comm::environment::World,
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
     machine::{self, size},
@@ -47,34 +51,65 @@ pub struct Outcome {
     pub validation_loss: Option<f64>,
     /// Seconds of training.
     pub seconds: f64,
+    /// The rank that this is the outcome of; rank 0 shows it.
+    #[serde(skip)]
+    pub rank: usize,
 }
 
-/// Trains on a backend until the last step, a signal, or a loss that is not finite.
-pub fn train<B: Ops>(backend: B, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
+/// Trains on a backend, as one of the ranks of a run, until the last step, a signal, or a loss that is not finite.
+/// Rank 0 alone writes and prints.
+pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
     let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
-    let recompute = choose_recompute(&backend, &config, &meaning)?;
-    let mut trainer = Trainer::new(backend, Box::new(Solo), &config, &meaning, samples, recompute)?;
+    let world = ranks.world.clone();
+    let comm = ranks.comm()?;
+    let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
+    let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
-    match &origin {
-        Some(start) => {
-            let optimizer = Some(&meaning.optimizer);
-            upscale::load(
-                &trainer.backend,
-                &start.origin,
-                start.growth.as_ref(),
-                &mut trainer.state,
-                &meaning,
-                optimizer,
-                start.moments,
-            )?;
-            trainer.position = start.position;
-        }
-        None => trainer.state.init(&trainer.backend, trainer.network.table(), &meaning.scaling, config.seed),
+    let loaded = load(&mut trainer, origin, &config, &meaning);
+    agree(&*trainer.comm, loaded)?;
+    let opened = match world.rank {
+        0 => Files::open(&config, trainer.position, resumes, force, show).map(Some),
+        _ => Ok(None),
+    };
+    let files = agree(&*trainer.comm, opened)?;
+    let clock = (trainer.position.seconds, Instant::now());
+    let stop = machine::stop_flag()?;
+    let mut session = Session {
+        trainer,
+        config,
+        meaning,
+        tokenizer,
+        files,
+        stop,
+        clock,
+        saved: None,
+        validated: None,
+        loss: f64::NAN,
+    };
+    session.announce(&world);
+    let outcome = session.run();
+    if let Err(error) = &outcome {
+        session.trainer.comm.leave(&format!("rank {} ended: {error}", world.rank));
     }
-    drop(origin);
-    let mut session = Session::open(trainer, config, meaning, tokenizer, resumes, force, show)?;
-    session.announce();
-    session.run()
+    match outcome {
+        // All ranks come to these together, and one says so.
+        Err(error @ (Error::Interrupted { .. } | Error::NonFinite { .. })) if world.rank > 0 => {
+            Err(Error::Elsewhere { code: error.exit_code() })
+        }
+        outcome => outcome,
+    }
+}
+
+/// Gives the trainer its first state.
+fn load<B: Ops>(trainer: &mut Trainer<B>, start: Option<Start>, config: &Config, meaning: &Meaning) -> Result<()> {
+    let Some(start) = start else {
+        trainer.state.init(&trainer.backend, trainer.network.table(), &meaning.scaling, config.seed);
+        return Ok(());
+    };
+    let (backend, growth, optimizer) = (&trainer.backend, start.growth.as_ref(), Some(&meaning.optimizer));
+    upscale::load(backend, &start.origin, growth, &mut trainer.state, meaning, optimizer, start.moments)?;
+    trainer.position = start.position;
+    Ok(())
 }
 
 /// The cheapest way to save memory that fits.
@@ -106,15 +141,50 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
     Err(Error::config("batch.size", config.batch.size, why))
 }
 
+/// What a run writes and shows: rank 0's.
+struct Files {
+    store: Store,
+    metrics: MetricsLog,
+    log: fs::File,
+    progress: Progress,
+}
+
+impl Files {
+    fn open(config: &Config, position: Position, resumes: bool, force: bool, show: Show) -> Result<Self> {
+        let run = &config.run;
+        if !resumes {
+            if let Some(init) = &config.init {
+                refuse_run_around_source(run, &init.from)?;
+            }
+            new_run_folder(run, force)?;
+        }
+        let store = Store::new(run);
+        fs::create_dir_all(store.dir()).map_err(Error::io("create", store.dir()))?;
+        store.clean()?;
+        let config_file = run.join(CONFIG_FILE);
+        fs::write(&config_file, config.to_toml()).map_err(Error::io("write", &config_file))?;
+        let metrics = if resumes { MetricsLog::resume(run, position.step)? } else { MetricsLog::create(run)? };
+        let log_file = run.join(LOG_FILE);
+        let log =
+            fs::File::options().create(true).append(true).open(&log_file).map_err(Error::io("write", &log_file))?;
+        let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
+        let progress = Progress::new(&label, config.steps, position.step, show);
+        Ok(Self { store, metrics, log, progress })
+    }
+
+    fn say(&mut self, line: &str) {
+        self.progress.line(line);
+        // The log is a convenience: a disk that fills up shows at the next checkpoint, with a message.
+        let _ = writeln!(self.log, "{line}");
+    }
+}
+
 struct Session<B: Ops> {
     trainer: Trainer<B>,
     config: Config,
     meaning: Meaning,
     tokenizer: Option<Vec<u8>>,
-    store: Store,
-    metrics: MetricsLog,
-    log: fs::File,
-    progress: Progress,
+    files: Option<Files>,
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
@@ -124,55 +194,8 @@ struct Session<B: Ops> {
 }
 
 impl<B: Ops> Session<B> {
-    fn open(
-        trainer: Trainer<B>,
-        config: Config,
-        meaning: Meaning,
-        tokenizer: Option<Vec<u8>>,
-        resumes: bool,
-        force: bool,
-        show: Show,
-    ) -> Result<Self> {
-        let run = config.run.clone();
-        if !resumes {
-            if let Some(init) = &config.init {
-                refuse_run_around_source(&run, &init.from)?;
-            }
-            new_run_folder(&run, force)?;
-        }
-        let store = Store::new(&run);
-        fs::create_dir_all(store.dir()).map_err(Error::io("create", store.dir()))?;
-        store.clean()?;
-        let config_file = run.join(CONFIG_FILE);
-        fs::write(&config_file, config.to_toml()).map_err(Error::io("write", &config_file))?;
-        let metrics =
-            if resumes { MetricsLog::resume(&run, trainer.position.step)? } else { MetricsLog::create(&run)? };
-        let log_file = run.join(LOG_FILE);
-        let log =
-            fs::File::options().create(true).append(true).open(&log_file).map_err(Error::io("write", &log_file))?;
-        let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-        let progress = Progress::new(&label, config.steps, trainer.position.step, show);
-        let clock = (trainer.position.seconds, Instant::now());
-        let stop = machine::stop_flag()?;
-        Ok(Self {
-            trainer,
-            config,
-            meaning,
-            tokenizer,
-            store,
-            metrics,
-            log,
-            progress,
-            stop,
-            clock,
-            saved: None,
-            validated: None,
-            loss: f64::NAN,
-        })
-    }
-
     /// Says what will be done, and the memory plan, before the first step.
-    fn announce(&mut self) {
+    fn announce(&mut self, world: &World) {
         let table = self.trainer.network.table();
         let scaling = &self.meaning.scaling;
         let lines = [
@@ -184,22 +207,30 @@ impl<B: Ops> Session<B> {
             ),
             format!("memory:\n{}", self.trainer.plan),
         ];
+        if world.world > 1 {
+            self.say(&world.to_string());
+        }
         for line in lines {
             self.say(&line);
         }
     }
 
     fn say(&mut self, line: &str) {
-        self.progress.line(line);
-        // The log is a convenience: a disk that fills up shows at the next checkpoint, with a message.
-        let _ = writeln!(self.log, "{line}");
+        if let Some(files) = &mut self.files {
+            files.say(line);
+        }
+    }
+
+    /// The checkpoint of a step.
+    fn checkpoint(&self, step: u64) -> PathBuf {
+        Store::new(&self.config.run).path(step)
     }
 
     fn seconds(&self) -> f64 {
         self.clock.0 + self.clock.1.elapsed().as_secs_f64()
     }
 
-    fn run(mut self) -> Result<Outcome> {
+    fn run(&mut self) -> Result<Outcome> {
         while self.trainer.position.step < self.config.steps {
             if let Some(result) = self.trainer.step()? {
                 self.record(result)?;
@@ -215,8 +246,11 @@ impl<B: Ops> Session<B> {
             }
             // A signal during the last step finds nothing to interrupt.
             if stop && step < self.config.steps {
-                let checkpoint = self.store.path(step);
-                return Err(Error::Interrupted { step, checkpoint, run: self.config.run });
+                return Err(Error::Interrupted {
+                    step,
+                    checkpoint: self.checkpoint(step),
+                    run: self.config.run.clone(),
+                });
             }
         }
         if self.config.validation.every > 0 {
@@ -224,13 +258,14 @@ impl<B: Ops> Session<B> {
         }
         self.save()?;
         Ok(Outcome {
-            checkpoint: self.store.path(self.trainer.position.step),
+            rank: self.trainer.comm.rank(),
+            checkpoint: self.checkpoint(self.trainer.position.step),
             steps: self.trainer.position.step,
             tokens: self.trainer.position.tokens,
             loss: self.loss,
             validation_loss: self.validated.map(|(_, loss)| loss),
             seconds: self.seconds(),
-            run: self.config.run,
+            run: self.config.run.clone(),
         })
     }
 
@@ -256,6 +291,8 @@ impl<B: Ops> Session<B> {
             self.say(&format!("step {}: {tensor} is not finite; the update is left out (--on-nan skip)", result.step));
         }
         self.loss = result.loss;
+        let seconds = self.seconds();
+        let Some(files) = &mut self.files else { return Ok(()) };
         let record = StepRecord {
             step: result.step,
             tokens: result.position.tokens,
@@ -264,11 +301,11 @@ impl<B: Ops> Session<B> {
             grad_norm: result.grad_norm,
             update_norm: result.update_norm,
             tokens_per_second: tokens / result.seconds,
-            seconds: self.seconds(),
+            seconds,
             memory: machine::resident_memory().unwrap_or(self.trainer.backend.allocated()) as u64,
         };
-        self.progress.step(&record);
-        self.metrics.append(&Record::Step(record))
+        files.progress.step(&record);
+        files.metrics.append(&Record::Step(record))
     }
 
     /// Saves the weights as they were before a step that was not finite (the device changed nothing since).
@@ -277,7 +314,7 @@ impl<B: Ops> Session<B> {
         self.trainer.position = position;
         self.saved = None;
         self.write_checkpoint()?;
-        Err(Error::NonFinite { step, tensor, checkpoint: self.store.path(position.step) })
+        Err(Error::NonFinite { step, tensor, checkpoint: self.checkpoint(position.step) })
     }
 
     fn validate(&mut self) -> Result<()> {
@@ -294,9 +331,10 @@ impl<B: Ops> Session<B> {
             batches: batches as u64,
             seconds: self.seconds(),
         };
-        self.progress.validation(&record);
         self.validated = Some((step, loss));
-        self.metrics.append(&Record::Validation(record))
+        let Some(files) = &mut self.files else { return Ok(()) };
+        files.progress.validation(&record);
+        files.metrics.append(&Record::Validation(record))
     }
 
     fn save(&mut self) -> Result<()> {
@@ -306,25 +344,34 @@ impl<B: Ops> Session<B> {
         }
         let start = Instant::now();
         self.write_checkpoint()?;
+        let Some(files) = &mut self.files else { return Ok(()) };
         let keep_every = (self.config.checkpoint.keep_every > 0).then_some(self.config.checkpoint.keep_every);
         let keep_last =
             if self.config.checkpoint.keep_last == 0 { usize::MAX } else { self.config.checkpoint.keep_last };
-        self.store.prune(keep_last, keep_every)?;
-        let path = self.store.path(self.trainer.position.step);
-        self.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
+        files.store.prune(keep_last, keep_every)?;
+        let path = files.store.path(self.trainer.position.step);
+        files.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
         Ok(())
     }
 
+    /// Rank 0 writes; all go on once it has.
     fn write_checkpoint(&mut self) -> Result<()> {
-        let position = Position { seconds: self.seconds(), ..self.trainer.position };
-        self.trainer.position = position;
+        self.trainer.position.seconds = self.seconds();
+        let written = self.files.as_ref().map_or(Ok(()), |files| self.write_to(&files.store));
+        agree(&*self.trainer.comm, written)?;
+        self.saved = Some(self.trainer.position.step);
+        Ok(())
+    }
+
+    fn write_to(&self, store: &Store) -> Result<()> {
+        let position = self.trainer.position;
         let progress = Saved {
             position,
             data: self.trainer.feed.samples.fingerprint(),
             config: Some(self.config.clone()),
             version: env!("CARGO_PKG_VERSION").into(),
         };
-        let mut writer = self.store.create(position.step)?;
+        let mut writer = store.create(position.step)?;
         writer.json(CONFIG, &self.meaning)?;
         writer.json(STATE, &progress)?;
         if let Some(tokenizer) = &self.tokenizer {
@@ -332,9 +379,7 @@ impl<B: Ops> Session<B> {
         }
         let optimizer = Some(&self.meaning.optimizer);
         self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
-        writer.commit()?;
-        self.saved = Some(position.step);
-        Ok(())
+        writer.commit()
     }
 }
 
@@ -362,8 +407,13 @@ fn new_run_folder(run: &Path, force: bool) -> Result<()> {
         }
         Err(e) => return Err(Error::io("read", run)(e)),
     };
-    if entries.next().is_none() {
-        return Ok(());
+    let first = entries.next();
+    // All that a run that was killed at its very beginning left behind.
+    let begun = |entry: &fs::DirEntry| fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
+    match (first, entries.next()) {
+        (None, _) => return Ok(()),
+        (Some(Ok(entry)), None) if entry.path() == Store::new(run).dir() && begun(&entry) => return Ok(()),
+        _ => {}
     }
     if !force {
         return Err(Error::Exists { path: run.into() });

@@ -1,7 +1,8 @@
 //! Whether a device computes what the CPU does: `mupscale selftest`.
 //!
 //! Every op runs on the device and, in f64, on the CPU, with the same inputs (rounded to the device's compute type), and
-//! each element's difference must be within a bound that follows from the type's rounding and from what is summed.
+//! each element's difference must be within a bound that follows from the type's rounding and from what is summed. Then
+//! small models are trained on the device, as they are, saved and loaded, and widened.
 
 mod activation;
 mod agreement;
@@ -16,15 +17,16 @@ mod muon;
 mod norm;
 mod optimizer;
 mod rotary;
+mod training;
 
 pub use agreement::{Agreement, Row};
 
 use crate::{Result, backend::cuda::Cuda};
 
-/// A group of checks, by the op's name.
+/// A group of checks, by its name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 12] = [
+const CHECKS: [(&str, Check); 13] = [
     ("activation", activation::check),
     ("attention", attention::check),
     ("embedding", embedding::check),
@@ -37,10 +39,11 @@ const CHECKS: [(&str, Check); 12] = [
     ("norm", norm::check),
     ("optimizer", optimizer::check),
     ("rotary", rotary::check),
+    ("training", training::check),
 ];
 
-/// Compares the ops whose name contains `only`.
-pub fn ops(cuda: &Cuda, only: &str) -> Result<Vec<Row>> {
+/// Makes the checks whose name contains `only`.
+pub fn run(cuda: &Cuda, only: &str) -> Result<Vec<Row>> {
     let mut agreement = Agreement::new(cuda)?;
     for (_, check) in CHECKS.iter().filter(|(name, _)| name.contains(only)) {
         check(&mut agreement)?;

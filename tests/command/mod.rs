@@ -29,7 +29,8 @@ pub struct Said {
 }
 
 impl Said {
-    fn new(output: Output) -> Self {
+    /// What a process that ended has answered; panics where it panicked.
+    pub fn new(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         let said =
             Self { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) };

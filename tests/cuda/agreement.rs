@@ -29,6 +29,12 @@ fn ops_wait_for_what_they_read() {
     agrees(&[("STREAMS", "lazy"), ("SEED", "3")], "");
 }
 
+/// Reads and writes outside of an allocation or of shared memory, and arithmetic that C++ leaves undefined, end the run.
+#[test]
+fn ops_are_clean_under_sanitizers() {
+    agrees(&[("SANITIZE", "address,undefined"), ("SEED", "4")], "");
+}
+
 /// A GPU with less shared memory for a block chooses other tiles.
 #[test]
 fn smaller_gpus_have_smaller_tiles() {

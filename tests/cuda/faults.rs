@@ -34,6 +34,15 @@ fn an_older_driver_without_nvrtc() {
     refused(&emulated(&Place::new(), TRAIN, &[("DRIVER", "12060")]), &["libnvrtc", "CUDA_HOME"]);
 }
 
+#[test]
+fn heads_of_a_size_that_no_kernel_has() {
+    let place = Place::new();
+    let said = emulated(&place, "upscale base --out wide --head-dim 33 --device cuda", &[]);
+    // Widening alone computes no attention.
+    assert_eq!(said.code, 0, "{}", said.err);
+    refused(&emulated(&place, "eval wide data --device cuda", &[]), &["head_dim", "264", "256", "--device cpu"]);
+}
+
 /// What does not fit is told before the first step, with what would.
 #[test]
 fn out_of_memory() {

@@ -137,6 +137,11 @@ EXPORT int cuDriverGetVersion(int* version) {
     *version = settings().version;
     return SUCCESS;
 }
+// NVRTC asks for a table of functions that nobody documents, and goes on without one.
+EXPORT int cuGetExportTable(const void** table, const void*) {
+    *table = nullptr;
+    return NOT_FOUND;
+}
 EXPORT int cuDeviceGetCount(int* count) {
     ENTER(INITIALIZED);
     *count = int(devices().size());

@@ -17,6 +17,8 @@ pub struct Wanted {
     /// `cublasLt`
     pub name: &'static str,
     files: &'static [&'static str],
+    /// How the names of libraries begin that it opens by name.
+    beside: Option<&'static str>,
     fix: &'static str,
 }
 
@@ -24,18 +26,21 @@ pub struct Wanted {
 pub const DRIVER: Wanted = Wanted {
     name: "cuda",
     files: &["libcuda.so.1", "libcuda.so"],
+    beside: None,
     fix: "install NVIDIA's driver (550 or newer), or use --device cpu",
 };
 /// Matrix products.
 pub const CUBLASLT: Wanted = Wanted {
     name: "cublasLt",
     files: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
+    beside: None,
     fix: "install CUDA's libraries (`pip install nvidia-cublas`, PyTorch, or the toolkit), or set CUDA_HOME",
 };
 /// The compiler for machines whose binary carries no image of a kernel.
 pub const NVRTC: Wanted = Wanted {
     name: "nvrtc",
     files: &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
+    beside: Some("libnvrtc-builtins.so."),
     fix: "install CUDA's libraries (`pip install nvidia-cuda-nvrtc`, or the toolkit), or set CUDA_HOME",
 };
 
@@ -67,7 +72,7 @@ pub fn require(wanted: Wanted) -> Result<Found> {
     for folder in folders() {
         for file in wanted.files {
             let path = folder.join(file);
-            if path.exists() && open(&path) {
+            if path.exists() && open_beside(folder, wanted) && open(&path) {
                 return Ok(Found::Path(path));
             }
         }
@@ -76,12 +81,21 @@ pub fn require(wanted: Wanted) -> Result<Found> {
     Err(Error::Device(format!("{names} cannot be loaded: {}", wanted.fix)))
 }
 
+/// Opens what a library will look for by name, and would not find where it was itself found by its path.
+fn open_beside(folder: &Path, wanted: Wanted) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut beside = entries
+        .filter(|entry| wanted.beside.is_some_and(|start| entry.file_name().to_string_lossy().starts_with(start)));
+    beside.all(|entry| open(&entry.path()))
+}
+
 /// Opens a library for the rest of the process. False where there is none, or one that does not load.
 fn open(path: &Path) -> bool {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+    // Local, since these libraries carry C++ libraries of their own that must not take each other's functions.
     // SAFETY: NVIDIA's libraries (or their stand-ins in the tests) run no code of ours when they are loaded, and are
     // never unloaded.
-    match unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) } {
+    match unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) } {
         Ok(library) => {
             std::mem::forget(library);
             true

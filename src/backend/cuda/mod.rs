@@ -61,7 +61,7 @@ pub struct Cuda {
     modules: Modules,
     workspace: Mutex<Vec<Tensor<Self>>>,
     product_workspace: Memory,
-    bounce: Mutex<Option<[(Pinned, Option<Event>); 2]>>,
+    bounce: Mutex<Option<[Bounce; 2]>>,
     queues: [Queue; 3],
     events: Arc<EventPool>,
     fault: Mutex<Option<Error>>,
@@ -270,6 +270,9 @@ impl Drop for Pinned {
     }
 }
 
+/// A pinned buffer, and when the copy from it is over.
+type Bounce = (Pinned, Option<Event>);
+
 /// Bytes of each of the two pinned buffers through which mapped files go to the device.
 const BOUNCE: usize = 16 << 20;
 
@@ -357,6 +360,7 @@ impl Backend for Cuda {
     }
 
     fn host(&self, bytes: usize) -> Result<Pinned> {
+        self.fault()?;
         Pinned::new(&self.context, bytes)
     }
 

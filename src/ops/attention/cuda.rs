@@ -128,6 +128,9 @@ impl Cuda {
 }
 
 impl Attention for Cuda {
+    /// The largest template of the kernels.
+    const LARGEST_HEAD: usize = 256;
+
     fn attention(
         &self,
         out: Mut<'_, Self>,

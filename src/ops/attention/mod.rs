@@ -53,6 +53,9 @@ pub struct AttentionShape {
 
 /// Attention.
 pub trait Attention: Backend {
+    /// The largest size of a head.
+    const LARGEST_HEAD: usize = usize::MAX;
+
     /// out = softmax(scale · q kᵀ, causal) · v. `out` is (batch · queries) × [`HeadShape::queries`].
     ///
     /// `q`, `k` and `v` are rows of `queries()`, `keys()` and `keys()` elements inside of wider ones (see [`Strided`]).

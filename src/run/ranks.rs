@@ -1,0 +1,122 @@
+//! A run's ranks before the first step: they meet, and make sure that they are about to do the same.
+
+use super::Prepared;
+use crate::{
+    Error, Result,
+    backend::Backend,
+    comm::{
+        Comm, Solo,
+        environment::World,
+        tcp::{Tcp, Tree},
+    },
+    config::{CommConfig, Config},
+    trainer::enough_micro_batches,
+};
+use std::time::Duration;
+
+/// This process among the ranks of its run.
+pub struct Ranks {
+    /// How it was started.
+    pub world: World,
+    tree: Option<Tree>,
+}
+
+impl Ranks {
+    /// Lets this process, with what it has prepared, meet the others. If one of them could not prepare its part, or
+    /// prepared another, all get an error, and one of them its words.
+    pub fn meet(prepare: impl FnOnce() -> Result<Prepared>) -> Result<(Self, Prepared)> {
+        let world = World::detect()?;
+        if world.world == 1 {
+            return Ok((Self { world, tree: None }, prepare()?));
+        }
+        let mut prepared = prepare().and_then(|prepared| {
+            enough_micro_batches(&prepared.config, world.world)?;
+            Ok(prepared)
+        });
+        let comm = prepared.as_ref().map_or_else(|_| CommConfig::default(), |prepared| prepared.config.comm.clone());
+        let timeout = Duration::from_secs(comm.timeout);
+        let tree = Tree::connect(&world, &world.meet(timeout)?, timeout)?;
+        let mut exchange = |mine: &[u8]| tree.exchange(mine);
+        prepared = settle(world.rank, prepared, &mut exchange);
+        let prepared = prepared?;
+        same(world.rank, &facts(&prepared), &mut exchange)?;
+        Ok((Self { world, tree: Some(tree) }, prepared))
+    }
+
+    /// The way to the other ranks.
+    pub fn comm<B: Backend>(self) -> Result<Box<dyn Comm<B>>> {
+        Ok(match self.tree {
+            Some(tree) => Box::new(Tcp::new(tree)?),
+            None => Box::new(Solo),
+        })
+    }
+}
+
+/// Every rank gives what it has done. If that failed on some, it fails on all: the first of them has the error, the
+/// others an [`Error::Elsewhere`].
+pub fn agree<T, B: Backend>(comm: &dyn Comm<B>, result: Result<T>) -> Result<T> {
+    settle(comm.rank(), result, &mut |mine| comm.exchange(mine))
+}
+
+type Exchange<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>>;
+
+fn settle<T>(rank: usize, result: Result<T>, exchange: Exchange) -> Result<T> {
+    let mine: Vec<u8> = result.as_ref().err().map(Error::exit_code).into_iter().collect();
+    let all = match exchange(&mine) {
+        Ok(all) => all,
+        // Ranks that cannot even say that they failed: the first cause is this one's own.
+        Err(lost) => return Err(result.err().unwrap_or(lost)),
+    };
+    match all.iter().enumerate().find_map(|(rank, code)| Some((rank, *code.first()?))) {
+        Some((first, code)) if first != rank => Err(Error::Elsewhere { code }),
+        _ => result,
+    }
+}
+
+/// What ranks must have in common, by the words for it.
+fn facts(prepared: &Prepared) -> Vec<(&'static str, String)> {
+    let Prepared { config, meaning, samples, origin, .. } = prepared;
+    // How a rank computes is its own affair.
+    let config = Config { threads: 0, ..config.clone() };
+    let start = origin.as_ref().map_or("new weights".into(), |start| {
+        format!("step {} of {}", start.position.step, start.origin.reader.dir().display())
+    });
+    vec![
+        ("version", env!("MUPSCALE_VERSION").into()),
+        ("configuration", config.to_toml()),
+        ("model", format!("{:?} {:?}", meaning.spec, meaning.scaling)),
+        ("fingerprint of the data", format!("{:016x}", samples.fingerprint())),
+        ("start", start),
+    ]
+}
+
+/// Makes sure that all ranks have the same facts; rank 0 says what differs, if anything does.
+fn same(rank: usize, facts: &[(&'static str, String)], exchange: Exchange) -> Result<()> {
+    let mine = facts.iter().flat_map(|(_, value)| value.bytes().chain([0])).collect::<Vec<u8>>();
+    let all = exchange(&mine)?;
+    let Some((other, theirs)) = all.iter().enumerate().find(|(_, theirs)| **theirs != all[0]) else { return Ok(()) };
+    if rank != 0 {
+        return Err(Error::Elsewhere { code: 2 });
+    }
+    let theirs = String::from_utf8_lossy(theirs);
+    let differs = facts.iter().zip(theirs.split('\0')).find(|((_, ours), theirs)| ours != theirs);
+    let Some(((name, ours), theirs)) = differs else {
+        return Err(Error::Usage(format!("rank {other} tells other things than rank 0: do all run one version?")));
+    };
+    let (ours, theirs) = first_difference(ours, theirs);
+    Err(Error::Usage(format!(
+        "rank {other} has another {name} than rank 0: `{theirs}`, not `{ours}`; start all ranks with the same program, \
+         configuration and data"
+    )))
+}
+
+/// The first lines that differ.
+fn first_difference<'a>(ours: &'a str, theirs: &'a str) -> (&'a str, &'a str) {
+    let (mut left, mut right) = (ours.lines(), theirs.lines());
+    loop {
+        match (left.next(), right.next()) {
+            (Some(l), Some(r)) if l == r => {}
+            (l, r) => return (l.unwrap_or_default(), r.unwrap_or_default()),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Runs of several processes, connected over 127.0.0.1: what they compute, and what becomes of them when one is lost.
+
+mod command;
+
+use command::{Place, Said, essence};
+use std::{
+    net::TcpListener,
+    process::{Child, Command},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+/// Nothing here takes longer, however slow the machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A port that was free just now.
+fn port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A rank of `world` processes, as torchrun starts it.
+fn rank(place: &Place, line: &str, rank: usize, world: usize, port: u16) -> Command {
+    let mut command = place.command(line);
+    for (name, value) in [("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)] {
+        command.env(name, value.to_string());
+    }
+    command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+    command
+}
+
+fn start(place: &Place, line: &str, world: usize) -> Vec<Child> {
+    let port = port();
+    (0..world).map(|r| rank(place, line, r, world, port).spawn().unwrap()).collect()
+}
+
+/// Waits for a process, for a bounded time.
+fn end(mut child: Child) -> Said {
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if start.elapsed() > PATIENCE {
+            child.kill().unwrap();
+            panic!("a rank does not end: {:?}", child.wait_with_output().unwrap());
+        }
+        sleep(Duration::from_millis(5));
+    }
+    Said::new(child.wait_with_output().unwrap())
+}
+
+/// Runs ranks that must succeed.
+fn ok(place: &Place, line: &str, world: usize) -> Vec<Said> {
+    let said: Vec<_> = start(place, line, world).into_iter().map(end).collect();
+    for (rank, said) in said.iter().enumerate() {
+        assert_eq!(said.code, 0, "rank {rank} of {world}: {}", said.err);
+        assert_eq!(said.out.is_empty(), rank > 0, "rank 0 alone speaks: {}", said.out);
+    }
+    said
+}
+
+const STEPS: u64 = 4;
+
+/// Eight micro-batches a step, so that every world size has some; the timeout is short, should one be lost.
+fn train(run: &str, more: &str) -> String {
+    format!(
+        "train -c run.toml --set run={run} --set batch.micro_batches=8 --set validation.every=2 \
+         --set checkpoint.keep_last=0 --set comm.timeout=60 {more}"
+    )
+}
+
+fn losses(place: &Place, run: &str) -> Vec<f64> {
+    let text = String::from_utf8(place.read(&format!("{run}/metrics.jsonl"))).unwrap();
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
+    text.lines().map(loss).collect()
+}
+
+#[test]
+fn powers_of_two_of_processes_are_one_process_bit_for_bit() {
+    let place = Place::new();
+    place.ok(&train("one", ""));
+    let one = essence(&place.join("one"), STEPS);
+    assert!(one.3.len() as u64 > STEPS);
+    for world in [1, 2, 4, 8] {
+        let run = format!("w{world}");
+        ok(&place, &train(&run, ""), world);
+        assert!(essence(&place.join(&run), STEPS) == one, "{world} ranks end elsewhere");
+    }
+}
+
+#[test]
+fn three_processes_agree_to_rounding() {
+    let place = Place::new();
+    place.ok(&train("one", "--set precision=f64"));
+    ok(&place, &train("three", "--set precision=f64"), 3);
+    let (one, three) = (losses(&place, "one"), losses(&place, "three"));
+    assert_eq!(one.len(), three.len());
+    for (a, b) in one.iter().zip(&three) {
+        assert!((a - b).abs() <= 1e-12 * a.abs(), "{a} and {b}");
+    }
+    let [a, b] = ["one", "three"].map(|run| essence(&place.join(run), STEPS).0);
+    assert_eq!(a.len(), b.len());
+    assert!(a != b, "three ranks add in another order; should that ever not show, this test shows nothing");
+}
+
+#[test]
+fn a_run_is_resumed_with_any_number_of_ranks() {
+    let place = Place::new();
+    place.ok(&train("one", "--set precision=f64 --set steps=6"));
+    // Stopped after two steps: by taking away what came later.
+    ok(&place, &train("many", "--set precision=f64 --set steps=6"), 4);
+    let keep = |step: u64| {
+        for later in step + 1..=6 {
+            let _ = std::fs::remove_dir_all(place.join(&format!("many/checkpoints/step-{later:08}")));
+        }
+    };
+    keep(4);
+    ok(&place, "resume many", 2);
+    let same = |a: &str, b: &str| {
+        losses(&place, a).iter().map(|l| l.to_bits()).eq(losses(&place, b).iter().map(|l| l.to_bits()))
+    };
+    let [one, many] = ["one", "many"].map(|run| essence(&place.join(run), 6));
+    assert!((&one.0, &one.1) == (&many.0, &many.1), "4, then 2 ranks end where one does");
+    keep(2);
+    ok(&place, "resume many", 3);
+    let [a, b] = ["one", "many"].map(|run| losses(&place, run));
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-12 * a.abs()), "{a:?} {b:?}");
+    assert!(!same("one", "many"), "three ranks add in another order");
+}
+
+fn wait_for_a_step(place: &Place, run: &str) {
+    let metrics = place.join(run).join("metrics.jsonl");
+    let start = Instant::now();
+    while !std::fs::metadata(&metrics).is_ok_and(|m| m.len() > 0) {
+        assert!(start.elapsed() < PATIENCE, "no step was made");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_all_others_which_name_it() {
+    for killed in [0, 1, 3] {
+        let place = Place::new();
+        let mut ranks = start(&place, &train("r", "--set steps=1000000 --set checkpoint.every=50"), 4);
+        wait_for_a_step(&place, "r");
+        ranks[killed].kill().unwrap();
+        let start = Instant::now();
+        for (rank, child) in ranks.into_iter().enumerate().filter(|(rank, _)| *rank != killed) {
+            let said = end(child);
+            assert_eq!(said.code, 3, "rank {rank}: {}", said.err);
+            assert!(said.err.contains(&format!("rank {killed} is lost")), "rank {rank}: {}", said.err);
+        }
+        // Long before the timeout.
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all_after_the_same_step() {
+    let place = Place::new();
+    let ranks = start(&place, &train("r", "--set steps=1000000 --set checkpoint.every=0"), 3);
+    wait_for_a_step(&place, "r");
+    let sent = Command::new("kill").args(["-s", "TERM", &ranks[1].id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    for (rank, child) in ranks.into_iter().enumerate() {
+        let said = end(child);
+        assert_eq!(said.code, 75, "rank {rank}: {}", said.err);
+        assert_eq!(said.err.contains("stopped by a signal"), rank == 0, "rank {rank}: {}", said.err);
+    }
+    assert_eq!(place.names("r/checkpoints").len(), 1);
+}
+
+/// Ranks that are started with different command lines; all end with code 2, and one says why.
+fn refused(places: [&Place; 3], lines: [&str; 3], parts: &[&str]) {
+    let port = port();
+    let ranks = places.iter().zip(lines).enumerate();
+    let ranks: Vec<_> = ranks.map(|(r, (place, line))| rank(place, line, r, 3, port).spawn().unwrap()).collect();
+    let said: Vec<_> = ranks.into_iter().map(end).collect();
+    assert!(said.iter().all(|said| said.code == 2), "{:?}", said.iter().map(|s| (s.code, &s.err)).collect::<Vec<_>>());
+    let messages: Vec<_> = said.iter().filter(|said| !said.err.is_empty()).collect();
+    assert_eq!(messages.len(), 1, "one message: {:?}", said.iter().map(|s| &s.err).collect::<Vec<_>>());
+    for part in parts {
+        assert!(messages[0].err.contains(part), "no `{part}` in {}", messages[0].err);
+    }
+}
+
+#[test]
+fn ranks_that_differ_are_refused_with_one_message() {
+    let place = Place::new();
+    let good = train("r", "");
+    let other = train("r", "--set optimizer.lr=0.02");
+    let here = [&place; 3];
+    refused(here, [&good, &good, &other], &["rank 2 has another configuration", "lr = 0.02", "lr = 0.01"]);
+    // A host whose data have the same name and other contents.
+    let elsewhere = Place::new();
+    elsewhere.ok("data synth other.txt --bytes 20000 --seed 9");
+    std::fs::remove_dir_all(elsewhere.join("data")).unwrap();
+    elsewhere.ok("data tokenize other.txt --out data");
+    refused([&place, &elsewhere, &place], [&good; 3], &["rank 1 has another fingerprint of the data than rank 0"]);
+    let few = train("r", "--set batch.micro_batches=2");
+    refused(here, [&few; 3], &["batch.micro_batches = 2", "3 ranks"]);
+    let broken = train("r", "--set data.path=nowhere");
+    refused(here, [&good, &broken, &good], &["nowhere"]);
+    let used = train("base", "");
+    refused(here, [&used; 3], &["base exists already"]);
+    assert!(!place.join("r").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let place = Place::new();
+    let line = train("r", "").replace("comm.timeout=60", "comm.timeout=2");
+    let port = port();
+    let ranks: Vec<_> = [0, 2].map(|r| rank(&place, &line, r, 3, port).spawn().unwrap()).into();
+    let said: Vec<_> = ranks.into_iter().map(end).collect();
+    assert!(said.iter().all(|said| said.code == 3), "{} {}", said[0].err, said[1].err);
+    assert!(said[0].err.contains("rank 1 of 3 missing after 2 s"), "{}", said[0].err);
+    assert!(!place.join("r").exists(), "nothing was begun");
+}
+
+#[test]
+fn variables_that_make_no_sense_are_named() {
+    let place = Place::new();
+    let line = train("r", "");
+    let mut command = rank(&place, &line, 0, 2, 1);
+    let said = Said::new(command.env_remove("LOCAL_RANK").output().unwrap());
+    assert_eq!(said.code, 2);
+    assert!(said.err.contains("LOCAL_RANK = (not set)") && said.err.contains("PyTorchJob"), "{}", said.err);
+}
