@@ -26,7 +26,8 @@ use std::{
 /// Commands on data.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Turn text (a file, a folder, JSONL) into a dataset folder: shards of tokens and a validation part
+    /// Turn text (a file, a folder, JSONL) into a dataset folder: shards of tokens and a validation part. Interrupted, the
+    /// same command goes on where it was
     Tokenize(TokenizeArgs),
     /// Train a byte-level BPE tokenizer on text
     TrainTokenizer(TrainArgs),
@@ -165,8 +166,12 @@ pub fn shown(show: Show) -> impl FnMut(tokenize::Progress) + Send {
 fn tokenize(args: TokenizeArgs) -> Result<()> {
     let corpus = Corpus::open(&args.text, &args.field)?.skip_bad(args.skip_bad);
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
-    let options =
-        TokenizeOptions { val_fraction: args.val_fraction, shard_tokens: args.shard_tokens, force: args.force };
+    let options = TokenizeOptions {
+        val_fraction: args.val_fraction,
+        shard_tokens: args.shard_tokens,
+        force: args.force,
+        ..TokenizeOptions::default()
+    };
     let info = tokenize::tokenize(&corpus, &tokenizer, &args.out, &options, &mut shown(show(args.json)))?;
     let skipped = corpus.skipped();
     if skipped.lines > 0 {

@@ -83,6 +83,11 @@ impl Corpus {
         Self { skipped: skip.then(Mutex::default), ..self }
     }
 
+    /// How documents are read, in words.
+    pub(super) fn reading(&self) -> String {
+        format!("{} {}", self.field, self.skipped.is_some())
+    }
+
     /// The lines that were left out so far.
     pub fn skipped(&self) -> Skipped {
         let skipped = self.skipped.as_ref().map(|s| s.lock().unwrap_or_else(PoisonError::into_inner).clone());
