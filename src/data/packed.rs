@@ -1,4 +1,8 @@
-//! Files as they are read: plain, gzip (`.gz`), or Zstandard (`.zst`), and standard input for `-`.
+//! Files as they are read: plain, gzip (`.gz`), or Zstandard (`.zst`), and standard input for `-`. With the feature
+//! `parquet` also a column of a Parquet file, as lines of JSON.
+
+#[cfg(feature = "parquet")]
+mod parquet;
 
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use std::{
@@ -17,8 +21,12 @@ pub const STDIN: &str = "-";
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 18;
 
-/// Opens a file and unpacks it by its name's end. `read` counts the file's own bytes as they are read.
-pub(super) fn open(path: &Path, read: Arc<AtomicU64>) -> io::Result<Box<dyn BufRead + Send>> {
+/// Opens a file and unpacks it by its name's end. `field` holds the text where there are fields; `read` counts the
+/// file's own bytes as they are read.
+pub(super) fn open(path: &Path, field: &str, read: Arc<AtomicU64>) -> io::Result<Box<dyn BufRead + Send>> {
+    if packing(path) == Some("parquet") {
+        return open_parquet(path, field, read);
+    }
     let file: Box<dyn Read + Send> =
         if path.as_os_str() == STDIN { Box::new(io::stdin()) } else { Box::new(File::open(path)?) };
     let file = BufReader::with_capacity(BUFFER, Counted { file, read });
@@ -29,15 +37,29 @@ pub(super) fn open(path: &Path, read: Arc<AtomicU64>) -> io::Result<Box<dyn BufR
     })
 }
 
-/// `gz` or `zst` for a file that is unpacked as it is read.
+#[cfg(feature = "parquet")]
+fn open_parquet(path: &Path, field: &str, read: Arc<AtomicU64>) -> io::Result<Box<dyn BufRead + Send>> {
+    Ok(Box::new(BufReader::with_capacity(BUFFER, parquet::Lines::open(path, field, read)?)))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn open_parquet(_: &Path, _: &str, _: Arc<AtomicU64>) -> io::Result<Box<dyn BufRead + Send>> {
+    Err(io::Error::other("this program was built without Parquet; build it with --features parquet"))
+}
+
+/// `gz`, `zst` or `parquet` for a file that is unpacked as it is read.
 pub(super) fn packing(path: &Path) -> Option<&'static str> {
     let extension = path.extension()?;
-    ["gz", "zst"].into_iter().find(|packed| extension.eq_ignore_ascii_case(packed))
+    ["gz", "zst", "parquet"].into_iter().find(|packed| extension.eq_ignore_ascii_case(packed))
 }
 
 /// The name of what a packed file holds.
 pub(super) fn unpacked_name(path: &Path) -> PathBuf {
-    if packing(path).is_some() { path.with_extension("") } else { path.into() }
+    match packing(path) {
+        Some("parquet") => path.with_extension("jsonl"),
+        Some(_) => path.with_extension(""),
+        None => path.into(),
+    }
 }
 
 /// Counts what is read.
@@ -132,7 +154,7 @@ mod tests {
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
         let (count, mut unpacked) = (Arc::new(AtomicU64::new(0)), Vec::new());
-        let result = open(&path, count.clone()).and_then(|mut file| file.read_to_end(&mut unpacked));
+        let result = open(&path, "text", count.clone()).and_then(|mut file| file.read_to_end(&mut unpacked));
         (result.map(|_| unpacked), count.load(Ordering::Relaxed))
     }
 
@@ -153,6 +175,7 @@ mod tests {
             assert_eq!(read, packed.len() as u64, "{name}");
         }
         assert_eq!(unpacked_name(Path::new("a/b.jsonl.zst")), Path::new("a/b.jsonl"));
+        assert_eq!(unpacked_name(Path::new("a/b.parquet")), Path::new("a/b.jsonl"));
         assert_eq!(unpacked_name(Path::new("a/b.jsonl")), Path::new("a/b.jsonl"));
     }
 

@@ -162,7 +162,7 @@ impl Documents<'_> {
             if self.open.is_none() {
                 let Some(path) = self.corpus.files.get(self.next_file) else { return Ok(None) };
                 self.next_file += 1;
-                self.open = Some(OpenFile::open(path, self.bytes_read.clone())?);
+                self.open = Some(OpenFile::open(path, &self.corpus.field, self.bytes_read.clone())?);
             }
             let Some(file) = &mut self.open else { continue };
             match file.next_document(&self.corpus.field, self.corpus.skipped.as_ref())? {
@@ -203,8 +203,8 @@ struct OpenFile {
 }
 
 impl OpenFile {
-    fn open(path: &Path, read: Arc<AtomicU64>) -> Result<Self> {
-        let mut reader = packed::open(path, read).map_err(Error::io("open", path))?;
+    fn open(path: &Path, field: &str, read: Arc<AtomicU64>) -> Result<Self> {
+        let mut reader = packed::open(path, field, read).map_err(|error| unreadable(path, 0, error))?;
         let is_jsonl = match path.as_os_str() == STDIN {
             true => reader.fill_buf().map_err(Error::io("read", path))?.first() == Some(&b'{'),
             false => has_extension(&packed::unpacked_name(path), &["jsonl", "ndjson"]),
@@ -287,7 +287,10 @@ impl OpenFile {
     /// The next line with its end, checked to be UTF-8; without the byte order mark that some editors put first.
     fn read_line(&mut self) -> Result<Option<String>> {
         let mut bytes = Vec::new();
-        let read = self.reader.read_until(b'\n', &mut bytes).map_err(|error| self.unreadable(error))?;
+        let read = self.reader.read_until(b'\n', &mut bytes).map_err(|error| {
+            self.ended = true;
+            unreadable(&self.path, self.line, error)
+        })?;
         if read == 0 {
             return Ok(None);
         }
@@ -301,21 +304,9 @@ impl OpenFile {
         }))
     }
 
-    /// A file that the system cannot read, or that cannot be unpacked.
-    fn unreadable(&mut self, error: io::Error) -> Error {
-        self.ended = true;
-        match packed::packing(&self.path) {
-            Some(packing) if error.raw_os_error().is_none() => {
-                let why = format!("cannot be unpacked ({error}): it is cut off, damaged, or no .{packing}");
-                Error::file(&self.path, format!("{why}; after line {}: get it again", self.line))
-            }
-            _ => Error::io("read", &self.path)(error),
-        }
-    }
-
     fn invalid_utf8(&self, start: u64, error: &std::string::FromUtf8Error) -> Error {
         let at = error.utf8_error().valid_up_to();
-        let advice = if has_extension(&self.path, &["xz", "bz2", "zip", "parquet", "bin", "npy"]) {
+        let advice = if has_extension(&self.path, &["xz", "bz2", "zip", "bin", "npy"]) {
             "it is not a text file: unpack or convert it first"
         } else {
             "convert the file to UTF-8, for example with iconv"
@@ -324,6 +315,16 @@ impl OpenFile {
             &self.path,
             format!("invalid UTF-8 at byte {} (0x{:02x}): {advice}", start + at as u64, error.as_bytes()[at]),
         )
+    }
+}
+
+/// A file that the system cannot read, or that cannot be unpacked after a line.
+fn unreadable(path: &Path, line: u64, error: io::Error) -> Error {
+    match packed::packing(path) {
+        Some(_) if error.raw_os_error().is_none() => {
+            Error::file(path, format!("cannot be unpacked after line {line}: {error}; is it cut off or damaged?"))
+        }
+        _ => Error::io("read", path)(error),
     }
 }
 
