@@ -14,7 +14,7 @@ use crate::{
     },
     report::{
         human,
-        progress::{Show, Unit, WorkProgress},
+        progress::{Progress, Show, Unit, WorkProgress},
     },
 };
 use std::{
@@ -26,7 +26,8 @@ use std::{
 /// Commands on data.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Turn text (a file, a folder, JSONL) into a dataset folder: shards of tokens and a validation part
+    /// Turn text (a file, a folder, JSONL) into a dataset folder: shards of tokens and a validation part. Interrupted, the
+    /// same command goes on where it was
     Tokenize(TokenizeArgs),
     /// Train a byte-level BPE tokenizer on text
     TrainTokenizer(TrainArgs),
@@ -39,7 +40,7 @@ pub enum Command {
 /// Arguments of `data tokenize`.
 #[derive(clap::Args)]
 pub struct TokenizeArgs {
-    /// The text: a file, a folder, or JSONL
+    /// The text: a file, a folder, or JSONL, each also as .gz or .zst; - for standard input
     text: PathBuf,
     /// A tokenizer.json, or bytes
     #[arg(long, value_name = "FILE", default_value = "bytes")]
@@ -56,6 +57,9 @@ pub struct TokenizeArgs {
     /// Field of JSONL lines that holds the text
     #[arg(long, default_value = "text")]
     field: String,
+    /// Leave out JSONL lines that are bad, and count them, instead of failing at the first
+    #[arg(long)]
+    skip_bad: bool,
     /// Replace a dataset that exists
     #[arg(long)]
     force: bool,
@@ -67,7 +71,7 @@ pub struct TokenizeArgs {
 /// Arguments of `data train-tokenizer`.
 #[derive(clap::Args)]
 pub struct TrainArgs {
-    /// The text: a file, a folder, or JSONL
+    /// The text: a file, a folder, or JSONL, each also as .gz or .zst; - for standard input
     text: PathBuf,
     /// Tokens of the vocabulary, with 256 bytes and the end-of-text token among them
     #[arg(long, default_value_t = 4096)]
@@ -160,11 +164,21 @@ pub fn shown(show: Show) -> impl FnMut(tokenize::Progress) + Send {
 }
 
 fn tokenize(args: TokenizeArgs) -> Result<()> {
-    let corpus = Corpus::open(&args.text, &args.field)?;
+    let corpus = Corpus::open(&args.text, &args.field)?.skip_bad(args.skip_bad);
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
-    let options =
-        TokenizeOptions { val_fraction: args.val_fraction, shard_tokens: args.shard_tokens, force: args.force };
+    let options = TokenizeOptions {
+        val_fraction: args.val_fraction,
+        shard_tokens: args.shard_tokens,
+        force: args.force,
+        ..TokenizeOptions::default()
+    };
     let info = tokenize::tokenize(&corpus, &tokenizer, &args.out, &options, &mut shown(show(args.json)))?;
+    let skipped = corpus.skipped();
+    if skipped.lines > 0 {
+        let told = Progress::new("skipped", 0, 0, Show::Plain);
+        skipped.first.iter().for_each(|line| told.line(line));
+        told.line(&format!("{} bad lines were left out", skipped.lines));
+    }
     if args.json {
         return print_json(&info);
     }

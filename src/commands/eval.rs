@@ -1,6 +1,6 @@
-//! `eval`: the loss of a checkpoint on data.
+//! `eval`: the loss of a checkpoint on data, and its choices in multiple-choice tasks.
 
-use super::{print_json, show};
+use super::{print_json, show, tasks};
 use crate::{
     Error, Result,
     data::{
@@ -12,10 +12,13 @@ use crate::{
     model::{MicroBatch, spec::Spec},
     ops::Ops,
     report::progress::{Unit, WorkProgress},
-    run::{self, Evaluation, Model, Work},
+    run::{self, Model, Work},
     upscale::Origin,
 };
-use std::path::{Path, PathBuf};
+use std::{
+    f64::consts::LN_2,
+    path::{Path, PathBuf},
+};
 
 /// Arguments of `eval`.
 #[derive(clap::Args)]
@@ -23,7 +26,11 @@ pub struct Args {
     /// The checkpoint, or a run folder, whose newest one is taken
     checkpoint: PathBuf,
     /// A dataset folder, a .bin shard, text (a file or folder), or for an mlp a CSV file
-    data: PathBuf,
+    #[arg(required_unless_present = "tasks")]
+    data: Option<PathBuf>,
+    /// Multiple-choice tasks instead of data: JSONL in HellaSwag's form, {"ctx": "…", "endings": ["…"], "label": 0}
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    tasks: Option<PathBuf>,
     /// Part of a dataset folder
     #[arg(long, default_value = "val")]
     part: Part,
@@ -38,7 +45,7 @@ pub struct Args {
     batch: usize,
     #[command(flatten)]
     place: super::PlaceArgs,
-    /// Print the result as JSON: loss (nats per token), perplexity, tokens
+    /// Print the result as JSON: loss (nats per token), perplexity, tokens, bits per byte; or the accuracies
     #[arg(long)]
     json: bool,
 }
@@ -60,12 +67,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::config("--batch", args.batch, format!("must be between 1 and {MAX_BATCH}")));
     }
     let origin = Origin::open(&run::checkpoint_path(&args.checkpoint)?)?;
-    let result = args.place.for_weights(origin.dtype()?).run(Evaluating { origin: &origin, args: &args })?;
-    if args.json {
-        return print_json(&result);
-    }
-    say!("loss {:.6} nats, perplexity {:.4}, {} tokens", result.loss, result.perplexity, result.tokens)?;
-    Ok(())
+    args.place.for_weights(origin.dtype()?).run(Evaluating { origin: &origin, args: &args })
 }
 
 struct Evaluating<'a> {
@@ -74,65 +76,105 @@ struct Evaluating<'a> {
 }
 
 impl Work for Evaluating<'_> {
-    type Output = Evaluation;
+    type Output = ();
 
-    fn on<B: Ops>(self, backend: B) -> Result<Evaluation> {
-        evaluate(backend, self.origin, self.args)
+    fn on<B: Ops>(self, backend: B) -> Result<()> {
+        let Self { origin, args } = self;
+        match (&args.tasks, &args.data) {
+            (Some(file), _) => choose(backend, origin, file, args),
+            (None, Some(data)) => measure(backend, origin, data, args),
+            (None, None) => Err(Error::Usage("name the data to evaluate on, or --tasks".into())),
+        }
     }
 }
 
-fn evaluate<B: Ops>(backend: B, origin: &Origin, args: &Args) -> Result<Evaluation> {
+/// Multiple-choice tasks.
+fn choose<B: Ops>(backend: B, origin: &Origin, file: &Path, args: &Args) -> Result<()> {
+    if !matches!(origin.meaning.spec, Spec::Decoder(_)) {
+        return Err(Error::file(&args.checkpoint, "is a classifier: it cannot score endings of a text"));
+    }
+    let (tokenizer, model) = (tokenizer(origin, args)?, Model::load(backend, origin)?);
+    let progress = |endings| WorkProgress::new("eval", endings, Unit::Count("endings"), show(args.json));
+    let score = tasks::score(&model, &tokenizer, file, args.batch, progress)?;
+    if args.json {
+        return print_json(&score);
+    }
+    say!(
+        "accuracy {:.4}, by probability per byte {:.4}, per token {:.4}; guessing {:.4}; {} tasks",
+        score.accuracy,
+        score.accuracy_per_byte,
+        score.accuracy_per_token,
+        score.chance,
+        score.tasks
+    )
+}
+
+/// The loss on data.
+fn measure<B: Ops>(backend: B, origin: &Origin, data: &Path, args: &Args) -> Result<()> {
     let spec = &origin.meaning.spec;
     let micro = MicroBatch { samples: args.batch, length: spec.context() };
+    let mut tokens_per_byte = None;
     let samples: Box<dyn Samples> = match spec {
         Spec::Decoder(_) => {
-            let data = tokens(origin, args)?;
-            data.order(micro.length, None)?;
-            let (first, rules) = (data.clone(), BatchRules::default());
-            Box::new(TokenSamples::new(first, Some(data), micro, None, rules)?)
+            let (tokens, per_byte) = tokens(origin, data, args)?;
+            tokens_per_byte = per_byte;
+            tokens.order(micro.length, None)?;
+            let (first, rules) = (tokens.clone(), BatchRules::default());
+            Box::new(TokenSamples::new(first, Some(tokens), micro, None, rules)?)
         }
         Spec::Mlp(m) => {
-            let rows = RowData::read_csv(&args.data, args.label_column.as_deref())?;
+            let rows = RowData::read_csv(data, args.label_column.as_deref())?;
             if rows.inputs != m.inputs || rows.classes > m.classes {
                 let why = format!(
                     "has {} inputs and {} classes; the model has {} and {}",
                     rows.inputs, rows.classes, m.inputs, m.classes
                 );
-                return Err(Error::file(&args.data, why));
+                return Err(Error::file(data, why));
             }
             Box::new(RowSamples::new(rows.clone(), Some(rows), micro, None)?)
         }
     };
     let model = Model::load(backend, origin)?;
     let progress = WorkProgress::new("eval", samples.held_out(), Unit::Count("windows"), show(args.json));
-    let result = model.evaluate(samples, micro, |n| progress.advance(n))?;
+    let mut result = model.evaluate(samples, micro, |n| progress.advance(n))?;
+    result.bits_per_byte = tokens_per_byte.map(|per_byte| result.loss / LN_2 * per_byte);
     progress.finish();
-    Ok(result)
+    if args.json {
+        return print_json(&result);
+    }
+    let bits = result.bits_per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits per byte"));
+    say!("loss {:.6} nats, perplexity {:.4}{bits}, {} tokens", result.loss, result.perplexity, result.tokens)
 }
 
-/// The tokens to evaluate on.
-fn tokens(origin: &Origin, args: &Args) -> Result<TokenData> {
-    let (path, vocab) = (&args.data, origin.meaning.spec.classes());
+/// The tokens to evaluate on, and how many stand for a byte of text where that is known.
+fn tokens(origin: &Origin, path: &Path, args: &Args) -> Result<(TokenData, Option<f64>)> {
+    let vocab = origin.meaning.spec.classes();
     let bin = path.extension().is_some_and(|e| e == "bin");
     if bin || path.join(DATASET_FILE).exists() {
         let dataset = Dataset::open(path, &DatasetOptions { vocab: Some(vocab), ..Default::default() })?;
-        return match (args.part, bin) {
-            (Part::Val, false) => dataset.val.ok_or_else(crate::feed::no_held_out),
-            _ => Ok(dataset.train),
+        let info = dataset.info.as_ref().filter(|info| info.text_bytes > 0);
+        let per_byte = info.map(|info| (info.train.tokens + info.val.tokens) as f64 / info.text_bytes as f64);
+        let part = match (args.part, bin) {
+            (Part::Val, false) => dataset.val.ok_or_else(crate::feed::no_held_out)?,
+            _ => dataset.train,
         };
+        return Ok((part, per_byte));
     }
-    let tokenizer = match &args.tokenizer {
-        Some(path) => Tokenizer::load(path)?,
-        None => run::tokenizer(origin)?,
-    };
-    text_tokens(path, &tokenizer, vocab)
+    text_tokens(path, &tokenizer(origin, args)?, vocab)
 }
 
-/// The tokens of a text, documents ended by the end-of-text token where there is one.
-fn text_tokens(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<TokenData> {
-    let mut tokens = Vec::new();
+/// The tokenizer that was named, or the checkpoint's own.
+fn tokenizer(origin: &Origin, args: &Args) -> Result<Tokenizer> {
+    args.tokenizer.as_ref().map_or_else(|| run::tokenizer(origin), Tokenizer::load)
+}
+
+/// The tokens of a text, documents ended by the end-of-text token where there is one, and how many stand for a byte.
+fn text_tokens(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<(TokenData, Option<f64>)> {
+    let (mut tokens, mut bytes) = (Vec::new(), 0);
     for document in Corpus::open(path, "text")?.documents() {
-        tokens.extend(tokenizer.encode(&document?)?);
+        let document = document?;
+        bytes += document.len();
+        tokens.extend(tokenizer.encode(&document)?);
         tokens.extend(tokenizer.end_of_text());
     }
     if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
@@ -141,5 +183,6 @@ fn text_tokens(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<Token
         );
         return Err(Error::file(path, why));
     }
-    Ok(TokenData::from_tokens(tokens))
+    let per_byte = tokens.len() as f64 / bytes.max(1) as f64;
+    Ok((TokenData::from_tokens(tokens), Some(per_byte)))
 }

@@ -14,7 +14,9 @@ mod eval;
 mod generate;
 mod inspect;
 mod quickstart;
+mod report;
 mod selftest;
+mod tasks;
 mod train;
 mod upscale;
 mod widen_tensors;
@@ -28,7 +30,9 @@ use crate::{
 use clap::{CommandFactory, Parser, Subcommand};
 use std::{
     fmt::Display,
+    fs,
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -58,6 +62,10 @@ enum Command {
     Eval(eval::Args),
     /// Show a checkpoint or a configuration: shape, parameters, and every tensor's axes and multipliers
     Inspect(inspect::Args),
+    /// Show a run under way on the terminal
+    Watch(report::WatchArgs),
+    /// Write runs as one HTML page: curves, norms, throughput, settings, samples
+    Report(report::ReportArgs),
     /// Make and look at training data
     #[command(subcommand)]
     Data(data::Command),
@@ -72,6 +80,11 @@ enum Command {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+    /// Write the manual pages, one for each command, for man(1)
+    Man {
+        /// The folder to write them to
+        folder: PathBuf,
     },
 }
 
@@ -102,6 +115,8 @@ impl Args {
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
+            Command::Watch(args) => report::watch(args),
+            Command::Report(args) => report::report(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Doctor(args) => doctor::run(args),
@@ -110,6 +125,10 @@ impl Args {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Args::command(), "mupscale", &mut script);
                 print(String::from_utf8_lossy(&script))
+            }
+            Command::Man { folder } => {
+                fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+                clap_mangen::generate_to(Args::command(), &folder).map_err(Error::io("write", &folder))
             }
         }
     }

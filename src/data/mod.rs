@@ -1,7 +1,7 @@
 //! From text or numbers on disk to batches on the host.
 //!
 //! ```text
-//! text files, folders, JSONL ──text──▶ documents ──tokenizer──▶ token ids ──tokenize──▶ shards on disk
+//! text files, folders, JSONL, packed or not ──text──▶ documents ──tokenizer──▶ token ids ──tokenize──▶ shards on disk
 //! shards ──shard (mapped)──▶ dataset::TokenData ──order──▶ dataset::TokenBatch     (language models)
 //! CSV or .npy ──rows──▶ rows::RowData ──order──▶ rows::RowBatch                    (the mlp)
 //! ```
@@ -9,6 +9,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `text` | where documents come from: UTF-8 files, folders of them, JSONL |
+//! | `packed` | gzip, Zstandard and standard input as they are read |
 //! | `tokenizer` | raw bytes, or any `tokenizer.json`; training of byte-level BPE |
 //! | `tokenize` | the commands: text to a dataset folder, training a tokenizer |
 //! | `inspect` | what a text, tokenizer, shard or dataset folder holds, for people and scripts |
@@ -27,6 +28,7 @@ pub mod inspect;
 mod mapped;
 pub mod order;
 pub mod output;
+pub mod packed;
 pub mod rows;
 pub mod shard;
 pub mod synth;

@@ -1,14 +1,22 @@
-//! Where documents come from: a UTF-8 text file, JSONL, or a folder of them.
+//! Where documents come from: a UTF-8 text file, JSONL, or a folder of them, packed (`.gz`, `.zst`) or not; or standard
+//! input, which is JSONL if it begins with `{`.
 //!
 //! A text file holds one document, or several with `<|endoftext|>` between them (a line end directly after it belongs
 //! to it). A JSONL file holds one document a line, in a field of a JSON object. One document at a time is in memory.
 
-use super::tokenizer::END_OF_TEXT;
+use super::{
+    packed::{self, STDIN},
+    tokenizer::END_OF_TEXT,
+};
 use crate::error::{Error, Result};
 use std::{
-    fs::{self, File},
-    io::{BufRead, BufReader},
+    fs,
+    io::{self, BufRead},
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// Names that mark a file in a folder as text; a file that is named itself may have any.
@@ -21,12 +29,28 @@ pub const TEXT_EXTENSIONS: [&str; 32] = [
 pub const DEFAULT_FIELD: &str = "text";
 
 /// Files of text, in a fixed order.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Corpus {
     root: PathBuf,
     files: Vec<PathBuf>,
     bytes: u64,
     field: String,
+    /// Where bad lines are noted that are to be left out.
+    skipped: Option<Mutex<Skipped>>,
+}
+
+/// Lines of JSONL that were left out, because no document could be read from them.
+#[derive(Debug, Clone, Default)]
+pub struct Skipped {
+    /// How many.
+    pub lines: u64,
+    /// What is wrong with the first of them.
+    pub first: Vec<String>,
+}
+
+impl Skipped {
+    /// So many are told one by one.
+    const TOLD: usize = 10;
 }
 
 impl Corpus {
@@ -48,10 +72,26 @@ impl Corpus {
             files.push(path.to_path_buf());
         }
         let mut bytes = 0;
-        for file in &files {
+        for file in files.iter().filter(|file| file.as_os_str() != STDIN) {
             bytes += file.metadata().map_err(Error::io("read", file))?.len();
         }
-        Ok(Self { root: path.into(), files, bytes, field: field.into() })
+        Ok(Self { root: path.into(), files, bytes, field: field.into(), skipped: None })
+    }
+
+    /// Leaves out lines of JSONL that are bad instead of failing at the first, and notes them.
+    pub fn skip_bad(self, skip: bool) -> Self {
+        Self { skipped: skip.then(Mutex::default), ..self }
+    }
+
+    /// How documents are read, in words.
+    pub(super) fn reading(&self) -> String {
+        format!("{} {}", self.field, self.skipped.is_some())
+    }
+
+    /// The lines that were left out so far.
+    pub fn skipped(&self) -> Skipped {
+        let skipped = self.skipped.as_ref().map(|s| s.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        skipped.unwrap_or_default()
     }
 
     /// The file or folder that was opened.
@@ -64,7 +104,7 @@ impl Corpus {
         &self.files
     }
 
-    /// The size of all files, in bytes.
+    /// The size of all files as they lie, in bytes; 0 for standard input.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -75,7 +115,7 @@ impl Corpus {
     /// Of each document: a file that cannot be read; invalid UTF-8 (with the byte offset in the file); a JSONL line
     /// that is not an object with a string in the field (with the line).
     pub fn documents(&self) -> Documents<'_> {
-        Documents { corpus: self, next_file: 0, open: None, bytes_read: 0, failed: false }
+        Documents { corpus: self, next_file: 0, open: None, bytes_read: Arc::default(), failed: false }
     }
 }
 
@@ -91,7 +131,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
             if !path.is_symlink() {
                 collect(&path, files)?;
             }
-        } else if has_extension(&path, &TEXT_EXTENSIONS) {
+        } else if has_extension(&packed::unpacked_name(&path), &TEXT_EXTENSIONS) {
             files.push(path);
         }
     }
@@ -107,14 +147,14 @@ pub struct Documents<'a> {
     corpus: &'a Corpus,
     next_file: usize,
     open: Option<OpenFile>,
-    bytes_read: u64,
+    bytes_read: Arc<AtomicU64>,
     failed: bool,
 }
 
 impl Documents<'_> {
     /// Bytes of files read so far, of [`Corpus::bytes`].
     pub fn bytes_read(&self) -> u64 {
-        self.bytes_read
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     fn next_document(&mut self) -> Result<Option<String>> {
@@ -122,13 +162,10 @@ impl Documents<'_> {
             if self.open.is_none() {
                 let Some(path) = self.corpus.files.get(self.next_file) else { return Ok(None) };
                 self.next_file += 1;
-                self.open = Some(OpenFile::open(path)?);
+                self.open = Some(OpenFile::open(path, &self.corpus.field, self.bytes_read.clone())?);
             }
             let Some(file) = &mut self.open else { continue };
-            let before = file.offset;
-            let document = file.next_document(&self.corpus.field)?;
-            self.bytes_read += file.offset - before;
-            match document {
+            match file.next_document(&self.corpus.field, self.corpus.skipped.as_ref())? {
                 Some(text) if text.trim().is_empty() => {}
                 Some(text) => return Ok(Some(text)),
                 None => self.open = None,
@@ -153,7 +190,7 @@ impl Iterator for Documents<'_> {
 /// A file being read, a line at a time.
 struct OpenFile {
     path: PathBuf,
-    reader: BufReader<File>,
+    reader: Box<dyn BufRead + Send>,
     /// Bytes and lines read.
     offset: u64,
     line: u64,
@@ -161,24 +198,45 @@ struct OpenFile {
     /// The line of a text file that is being divided, and how far it is used.
     current: String,
     used: usize,
+    /// Nothing can be read any more.
+    ended: bool,
 }
 
 impl OpenFile {
-    fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
+    fn open(path: &Path, field: &str, read: Arc<AtomicU64>) -> Result<Self> {
+        let mut reader = packed::open(path, field, read).map_err(|error| unreadable(path, 0, error))?;
+        let is_jsonl = match path.as_os_str() == STDIN {
+            true => reader.fill_buf().map_err(Error::io("read", path))?.first() == Some(&b'{'),
+            false => has_extension(&packed::unpacked_name(path), &["jsonl", "ndjson"]),
+        };
         Ok(Self {
             path: path.into(),
-            reader: BufReader::with_capacity(1 << 18, file),
+            reader,
             offset: 0,
             line: 0,
-            is_jsonl: has_extension(path, &["jsonl", "ndjson"]),
+            is_jsonl,
             current: String::new(),
             used: 0,
+            ended: false,
         })
     }
 
-    fn next_document(&mut self, field: &str) -> Result<Option<String>> {
-        if self.is_jsonl { self.next_jsonl(field) } else { self.next_text() }
+    fn next_document(&mut self, field: &str, skipped: Option<&Mutex<Skipped>>) -> Result<Option<String>> {
+        if !self.is_jsonl {
+            return self.next_text();
+        }
+        loop {
+            match (self.next_jsonl(field), skipped) {
+                (Err(error @ Error::File { .. }), Some(skipped)) if !self.ended => {
+                    let mut skipped = skipped.lock().unwrap_or_else(PoisonError::into_inner);
+                    skipped.lines += 1;
+                    if skipped.first.len() < Skipped::TOLD {
+                        skipped.first.push(error.to_string());
+                    }
+                }
+                (document, _) => return document,
+            }
+        }
     }
 
     fn next_text(&mut self) -> Result<Option<String>> {
@@ -229,7 +287,10 @@ impl OpenFile {
     /// The next line with its end, checked to be UTF-8; without the byte order mark that some editors put first.
     fn read_line(&mut self) -> Result<Option<String>> {
         let mut bytes = Vec::new();
-        let read = self.reader.read_until(b'\n', &mut bytes).map_err(Error::io("read", &self.path))?;
+        let read = self.reader.read_until(b'\n', &mut bytes).map_err(|error| {
+            self.ended = true;
+            unreadable(&self.path, self.line, error)
+        })?;
         if read == 0 {
             return Ok(None);
         }
@@ -245,7 +306,7 @@ impl OpenFile {
 
     fn invalid_utf8(&self, start: u64, error: &std::string::FromUtf8Error) -> Error {
         let at = error.utf8_error().valid_up_to();
-        let advice = if has_extension(&self.path, &["gz", "zst", "xz", "bz2", "zip", "parquet", "bin", "npy"]) {
+        let advice = if has_extension(&self.path, &["xz", "bz2", "zip", "bin", "npy"]) {
             "it is not a text file: unpack or convert it first"
         } else {
             "convert the file to UTF-8, for example with iconv"
@@ -254,6 +315,16 @@ impl OpenFile {
             &self.path,
             format!("invalid UTF-8 at byte {} (0x{:02x}): {advice}", start + at as u64, error.as_bytes()[at]),
         )
+    }
+}
+
+/// A file that the system cannot read, or that cannot be unpacked after a line.
+fn unreadable(path: &Path, line: u64, error: io::Error) -> Error {
+    match packed::packing(path) {
+        Some(_) if error.raw_os_error().is_none() => {
+            Error::file(path, format!("cannot be unpacked after line {line}: {error}; is it cut off or damaged?"))
+        }
+        _ => Error::io("read", path)(error),
     }
 }
 

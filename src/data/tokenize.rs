@@ -1,5 +1,9 @@
 //! The work behind `data tokenize` and `data train-tokenizer`.
 
+mod saved;
+
+use saved::{Saved, SavedPart};
+
 use super::{
     dataset::{DATASET_FILE, DatasetInfo, PartInfo, SplitKind, TOKENIZER_FILE, check_val_fraction, tail_len},
     order::{held_out_block, is_held_out},
@@ -36,12 +40,14 @@ pub struct TokenizeOptions {
     pub shard_tokens: u64,
     /// Replace a dataset that is there already.
     pub force: bool,
+    /// Bytes of text after which the work so far is saved, to go on from if it is interrupted.
+    pub save_every: u64,
 }
 
 impl Default for TokenizeOptions {
-    /// 5 % to validate on, files of 100 million tokens as llm.c's scripts make, nothing replaced.
+    /// 5 % to validate on, files of 100 million tokens as llm.c's scripts make, nothing replaced, saved every 256 MiB.
     fn default() -> Self {
-        Self { val_fraction: 0.05, shard_tokens: 100_000_000, force: false }
+        Self { val_fraction: 0.05, shard_tokens: 100_000_000, force: false, save_every: 256 << 20 }
     }
 }
 
@@ -54,8 +60,12 @@ const BATCH_BYTES: usize = 4 << 20;
 /// Turns text into a dataset folder: `train_000000.bin`, …, `val_000000.bin`, …, `tokenizer.json`, `dataset.json`.
 /// After every document comes the tokenizer's end-of-text token, if it has one. The folder appears when it is complete.
 ///
+/// What an interrupted call saved beside the folder is gone on with by a call for the same: the same files unchanged,
+/// the same tokenizer and options. The result is the same, byte for byte.
+///
 /// # Errors
-/// Those of [`Corpus::documents`]; a text without documents; an output that exists, or that holds the input.
+/// Those of [`Corpus::documents`]; a text without documents; an output that exists, or that holds the input, or that
+/// another process is making.
 pub fn tokenize(
     corpus: &Corpus,
     tokenizer: &Tokenizer,
@@ -69,14 +79,27 @@ pub fn tokenize(
         return Err(Error::config("shard_tokens", options.shard_tokens, why));
     }
     refuse_output_around_input(corpus, out)?;
-    let partial = Partial::folder(out, options.force, DATASET_FILE)?;
-    let mut parts = Parts::new(partial.path(), tokenizer, options);
+    let json = tokenizer.to_json()?;
+    let work = Saved::work(corpus, json.as_deref(), options)?;
+    let mut partial = Partial::folder(out, options.force, DATASET_FILE)?;
     let mut documents = corpus.documents();
-    let mut text_bytes = 0;
+    let (mut parts, mut text_bytes) = match Saved::read(partial.path(), work.as_deref())? {
+        Some(saved) => {
+            for _ in 0..saved.documents {
+                documents.next().transpose()?;
+                progress(Progress { stage: "finding the place", done: documents.bytes_read(), total: corpus.bytes() });
+            }
+            // From here on an error leaves what an earlier call made.
+            partial.stay();
+            (Parts::go_on(partial.path(), tokenizer, options, &saved)?, saved.text_bytes)
+        }
+        None => (Parts::new(partial.path(), tokenizer, options), 0),
+    };
+    let mut unsaved = 0;
     loop {
         let mut texts: Vec<String> = Vec::new();
         let mut bytes = 0;
-        while bytes < BATCH_BYTES
+        while bytes < BATCH_BYTES.min(usize::try_from(options.save_every).unwrap_or(usize::MAX).max(1))
             && let Some(text) = documents.next()
         {
             texts.push(text?);
@@ -86,16 +109,23 @@ pub fn tokenize(
             break;
         }
         text_bytes += bytes as u64;
+        unsaved += bytes as u64;
         for mut ids in tokenizer.encode_batch(&texts)? {
             ids.extend(tokenizer.end_of_text());
             parts.push(ids)?;
         }
         progress(Progress { stage: "tokenizing", done: documents.bytes_read(), total: corpus.bytes() });
+        if let Some(work) = &work
+            && unsaved >= options.save_every
+            && parts.save(work, text_bytes, partial.path())?
+        {
+            partial.stay();
+            unsaved = 0;
+        }
     }
     if text_bytes == 0 {
         return Err(Error::file(corpus.root(), "holds no text but white space: there is nothing to tokenize"));
     }
-    let json = tokenizer.to_json()?;
     let (split, train, val) = parts.finish()?;
     let info = DatasetInfo {
         format: 1,
@@ -115,6 +145,7 @@ pub fn tokenize(
     let description =
         serde_json::to_vec_pretty(&info).map_err(|e| Error::file(out.join(DATASET_FILE), e.to_string()))?;
     write_synced(&partial.path().join(DATASET_FILE), &description)?;
+    Saved::remove(partial.path())?;
     partial.publish()?;
     Ok(info)
 }
@@ -157,6 +188,31 @@ impl Parts {
         let val_fraction = options.val_fraction;
         let kept = held_out_block(val_fraction).map(|_| Vec::new());
         Self { val_fraction, kept, next_index: 0, train: part("train"), val: part("val") }
+    }
+
+    /// The parts as they were saved.
+    fn go_on(folder: &Path, tokenizer: &Tokenizer, options: &TokenizeOptions, saved: &Saved) -> Result<Self> {
+        let dtype = TokenDtype::for_vocab(tokenizer.vocab_size());
+        let part = |prefix, part: &SavedPart| {
+            let writer = ShardWriter::go_on(folder, prefix, dtype, options.shard_tokens, &part.written)?;
+            Ok::<_, Error>(Part { writer, documents: part.documents, tokens: part.tokens })
+        };
+        let (train, val) = (part("train", &saved.train)?, part("val", &saved.val)?);
+        Ok(Self { val_fraction: options.val_fraction, kept: None, next_index: saved.documents, train, val })
+    }
+
+    /// Brings everything to the disk and notes how far it is; false while it is not certain how the text is divided.
+    fn save(&mut self, work: &str, text_bytes: u64, folder: &Path) -> Result<bool> {
+        if self.kept.is_some() {
+            return Ok(false);
+        }
+        let part = |part: &mut Part| {
+            let written = part.writer.save()?;
+            Ok::<_, Error>(SavedPart { documents: part.documents, tokens: part.tokens, written })
+        };
+        let (train, val) = (part(&mut self.train)?, part(&mut self.val)?);
+        Saved { work: work.into(), documents: self.next_index, text_bytes, train, val }.write(folder)?;
+        Ok(true)
     }
 
     fn push(&mut self, document: Vec<u32>) -> Result<()> {

@@ -272,7 +272,7 @@ fn line(svg: &mut String, text: std::fmt::Arguments<'_>) {
 }
 
 /// Text as XML content or attribute value; control characters, which XML cannot hold, are left out.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars().filter(|c| !c.is_control()) {
         match c {

@@ -5,12 +5,13 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, BufWriter, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::tensorboard::EventFile;
 use crate::{Error, Result};
 
 /// Name of the file in the run folder.
@@ -97,11 +98,12 @@ fn null_as_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// The open `metrics.jsonl` of a running run.
+/// The open `metrics.jsonl` of a running run, and beside it the same numbers for TensorBoard.
 #[derive(Debug)]
 pub struct MetricsLog {
     path: PathBuf,
     file: File,
+    events: EventFile,
     seconds: f64,
 }
 
@@ -114,7 +116,7 @@ impl MetricsLog {
                 io::ErrorKind::AlreadyExists => Error::Exists { path: path.clone() },
                 _ => Error::io("create", &path)(error),
             })?;
-        Ok(Self { path, file, seconds: 0.0 })
+        Ok(Self { path, file, events: EventFile::open(run_dir, 0)?, seconds: 0.0 })
     }
 
     /// Goes on with the file of a run resumed after `step`: later lines, and a last line that was torn, are
@@ -131,7 +133,7 @@ impl MetricsLog {
         })?;
         fs::rename(&beside, &path).map_err(Error::io("rename", &beside))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok(Self { path, file, seconds })
+        Ok(Self { path, file, events: EventFile::open(run_dir, step)?, seconds })
     }
 
     /// Seconds of the last record, at which the clock of a resumed run goes on; 0 for a new run.
@@ -147,6 +149,7 @@ impl MetricsLog {
             (&self.file).write_all(&line)
         };
         write().map_err(Error::io("write", &self.path))?;
+        self.events.append(record)?;
         self.seconds = record.seconds();
         Ok(())
     }
@@ -177,6 +180,43 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
         Ok(())
     })?;
     Ok(records)
+}
+
+/// Reads a `metrics.jsonl` that grows.
+#[derive(Debug)]
+pub struct Tail {
+    path: PathBuf,
+    /// Bytes that have been read.
+    read: u64,
+}
+
+impl Tail {
+    /// Nothing has been read.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), read: 0 }
+    }
+
+    /// The records of the lines that were completed since the last call. A file that became shorter is one that a
+    /// resumed run wrote anew: it is read from its start.
+    pub fn news(&mut self) -> Result<Vec<Record>> {
+        let io = |error| Error::io("read", &self.path)(error);
+        let mut file = File::open(&self.path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        if size < self.read {
+            self.read = 0;
+        }
+        file.seek(SeekFrom::Start(self.read)).map_err(io)?;
+        let mut text = Vec::new();
+        file.take(size - self.read).read_to_end(&mut text).map_err(io)?;
+        text.truncate(text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1));
+        let lines = text.split_inclusive(|byte| *byte == b'\n');
+        let records = lines.map(|line| {
+            serde_json::from_slice(line).map_err(|e| Error::file(&self.path, format!("is not a metrics file: {e}")))
+        });
+        let records = records.collect::<Result<Vec<_>>>()?;
+        self.read += text.len() as u64;
+        Ok(records)
+    }
 }
 
 /// Calls `keep` with every line (without its end) and the record in it; the file is streamed.
@@ -286,7 +326,7 @@ mod tests {
         assert!(before.starts_with(&kept), "kept lines changed");
         log.append(&records[3]).unwrap();
         assert_eq!(read(&path).unwrap(), records[..4]);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a partial file was left");
+        assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
     }
 
     #[test]
@@ -310,7 +350,25 @@ mod tests {
             assert!(message.contains(FILE_NAME) && message.contains("line 6"), "{message}");
         }
         assert_eq!(fs::read(&path).unwrap(), before);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a partial file was left");
+        assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
+    }
+
+    #[test]
+    fn a_tail_gives_each_whole_line_once() {
+        let (dir, path, records) = run_of_four();
+        let mut tail = Tail::new(&path);
+        assert_eq!(tail.news().unwrap(), records);
+        assert_eq!(tail.news().unwrap(), []);
+        let line = serde_json::to_vec(&train(5)).unwrap();
+        add(&path, &line[..20]);
+        assert_eq!(tail.news().unwrap(), []);
+        add(&path, &line[20..]);
+        add(&path, b"\n");
+        assert_eq!(tail.news().unwrap(), [train(5)]);
+        MetricsLog::resume(dir.path(), 2).unwrap();
+        assert_eq!(tail.news().unwrap(), records[..3]);
+        add(&path, b"not a record\n");
+        assert!(tail.news().is_err());
     }
 
     #[test]

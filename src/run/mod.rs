@@ -3,6 +3,8 @@
 //! ```text
 //! RUN/config.toml              the resolved configuration
 //! RUN/metrics.jsonl            one line for each step and each validation
+//! RUN/events.out.tfevents.…    the same for TensorBoard
+//! RUN/samples.jsonl            texts for the report, if `mupscale generate --prompts` wrote some there
 //! RUN/log.txt                  what was printed
 //! RUN/checkpoints/step-…/      checkpoints
 //! ```
@@ -28,6 +30,9 @@ use std::path::{Path, PathBuf};
 pub const CONFIG_FILE: &str = "config.toml";
 /// The log.
 pub const LOG_FILE: &str = "log.txt";
+
+/// Texts that a report shows.
+pub const SAMPLES_FILE: &str = "samples.jsonl";
 
 /// Trains as a configuration file says, as one of the ranks that the environment tells of.
 pub fn train_file(path: &Path, sets: &[String], force: bool, show: Show) -> Result<Outcome> {

@@ -39,6 +39,9 @@ pub struct Evaluation {
     pub perplexity: f64,
     /// Counted tokens (rows).
     pub tokens: u64,
+    /// Bits for each byte of the text that the tokens stand for; none where the text's size is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
 }
 
 impl<B: Ops> Model<B> {
@@ -59,12 +62,54 @@ impl<B: Ops> Model<B> {
     }
 
     /// Mean loss over all held-out samples, in micro-batches; `step` is told each one's number of samples.
-    pub fn evaluate(
+    pub fn evaluate(&self, samples: Box<dyn Samples>, micro: MicroBatch, step: impl FnMut(u64)) -> Result<Evaluation> {
+        let backend = &self.backend;
+        let sums = self.sweep(samples, micro, step, |sums, losses, targets| {
+            backend.tally(sums.view_mut(), losses.view(), targets.view());
+            Ok(())
+        })?;
+        let mut host = backend.host(SCALAR_BYTES)?;
+        backend.download(Stream::Compute, sums.view(), &mut host, 0);
+        backend.synchronize(&backend.record(Stream::Compute))?;
+        let get = |scalar| scalars::get(host.bytes(), scalar);
+        let (sum, counted) = (get(Scalar::LossSum), get(Scalar::Counted));
+        if counted == 0.0 {
+            return Err(crate::feed::no_held_out());
+        }
+        Ok(Evaluation {
+            loss: sum / counted,
+            perplexity: (sum / counted).exp(),
+            tokens: counted as u64,
+            bits_per_byte: None,
+        })
+    }
+
+    /// The loss of every position of all held-out samples, nats; 0 where none is counted.
+    pub fn losses(&self, samples: Box<dyn Samples>, micro: MicroBatch, step: impl FnMut(u64)) -> Result<Vec<f64>> {
+        let backend = &self.backend;
+        let mut host = backend.host(micro.rows() * DType::F64.size())?;
+        let mut all = Vec::new();
+        self.sweep(samples, micro, step, |_, losses, _| {
+            backend.download(Stream::Compute, losses.view(), &mut host, 0);
+            backend.synchronize(&backend.record(Stream::Compute))?;
+            let mut converted = vec![0.0f64; micro.rows()];
+            let bytes = &host.bytes()[..converted.len() * losses.dtype().size()];
+            crate::dtype::convert(bytes, losses.dtype(), bytemuck::cast_slice_mut(&mut converted), DType::F64);
+            all.extend(converted);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Forward over all held-out samples. `each` gets the sums, the losses and the targets of each micro-batch; `step`
+    /// is told its number of samples. Returns the sums.
+    fn sweep(
         &self,
         samples: Box<dyn Samples>,
         micro: MicroBatch,
         mut step: impl FnMut(u64),
-    ) -> Result<Evaluation> {
+        mut each: impl FnMut(&mut Tensor<B>, &Tensor<B>, &Tensor<B>) -> Result<()>,
+    ) -> Result<Tensor<B>> {
         let backend = &self.backend;
         let mut plan = Plan::default();
         let batch = Feed::plan(backend, &mut plan, &*samples, micro, matches!(self.meaning.spec, Spec::Decoder(_)));
@@ -78,18 +123,10 @@ impl<B: Ops> Model<B> {
         for first in (0..count).step_by(micro.samples) {
             feed.validate(backend, first)?;
             self.network.evaluate(backend, self.weights(), &mut acts, &feed.batch, micro);
-            backend.tally(sums.view_mut(), acts.losses().view(), feed.batch.targets.view());
+            each(&mut sums, acts.losses(), &feed.batch.targets)?;
             step(micro.samples.min((count - first) as usize) as u64);
         }
-        let mut host = backend.host(SCALAR_BYTES)?;
-        backend.download(Stream::Compute, sums.view(), &mut host, 0);
-        backend.synchronize(&backend.record(Stream::Compute))?;
-        let get = |scalar| scalars::get(host.bytes(), scalar);
-        let (sum, counted) = (get(Scalar::LossSum), get(Scalar::Counted));
-        if counted == 0.0 {
-            return Err(crate::feed::no_held_out());
-        }
-        Ok(Evaluation { loss: sum / counted, perplexity: (sum / counted).exp(), tokens: counted as u64 })
+        Ok(sums)
     }
 }
 

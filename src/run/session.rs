@@ -17,6 +17,7 @@ use crate::{
     report::{
         metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress, Show},
+        tensorboard,
     },
     state::{Meaning, Position, Progress as Saved},
     trainer::{self, Bad, StepResult, Trainer},
@@ -425,6 +426,7 @@ fn new_run_folder(run: &Path, force: bool) -> Result<()> {
         return Err(Error::file(run, why));
     }
     fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
+    tensorboard::remove(run)?;
     for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
         let path = run.join(name);
         match fs::remove_file(&path) {

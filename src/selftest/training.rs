@@ -3,7 +3,7 @@
 use super::agreement::{Agreement, get};
 use crate::{
     Error, Result,
-    backend::{Backend, cpu::Cpu, cuda::Cuda},
+    backend::{cpu::Cpu, cuda::Cuda},
     checkpoint::{CONFIG, STATE, Writer},
     comm::Solo,
     config::{Config, ConfigText, DataShape, Moments, UpscaleConfig, resolve_model},

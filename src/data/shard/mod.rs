@@ -5,7 +5,7 @@
 //! an int32, so a file holds fewer than 2³¹ tokens.
 
 mod writer;
-pub use writer::{ShardFile, ShardWriter};
+pub use writer::{ShardFile, ShardWriter, Written};
 
 use super::mapped::map_file;
 use crate::error::{Error, Result};

@@ -18,6 +18,14 @@ pub struct ShardFile {
     pub tokens: u64,
 }
 
+/// How far a [`ShardWriter`] is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    done: Vec<ShardFile>,
+    /// Tokens in the file that is not full yet.
+    open: u64,
+}
+
 /// Writes `PREFIX_000000.bin`, `PREFIX_000001.bin`, … in llm.c's form, a new file whenever one is full.
 pub struct ShardWriter {
     folder: PathBuf,
@@ -33,6 +41,52 @@ impl ShardWriter {
     pub fn new(folder: &Path, prefix: &'static str, dtype: TokenDtype, limit: u64) -> Self {
         let limit = limit.clamp(1, MAX_SHARD_TOKENS);
         Self { folder: folder.into(), prefix, dtype, limit, open: None, done: Vec::new() }
+    }
+
+    /// Brings everything to the disk, and tells where [`ShardWriter::go_on`] can go on.
+    pub fn save(&mut self) -> Result<Written> {
+        let mut open = 0;
+        if let Some((path, file, tokens)) = &mut self.open {
+            file.flush().and_then(|()| file.get_ref().sync_data()).map_err(Error::io("write", &*path))?;
+            open = *tokens;
+        }
+        Ok(Written { done: self.done.clone(), open })
+    }
+
+    /// A writer that goes on in a folder; what was written there later is dropped.
+    pub fn go_on(
+        folder: &Path,
+        prefix: &'static str,
+        dtype: TokenDtype,
+        limit: u64,
+        written: &Written,
+    ) -> Result<Self> {
+        let mut writer = Self::new(folder, prefix, dtype, limit);
+        writer.done = written.done.clone();
+        for later in written.done.len().. {
+            let path = folder.join(name(prefix, later));
+            let is_open = later == written.done.len() && written.open > 0;
+            if !is_open {
+                if !path.exists() {
+                    break;
+                }
+                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                continue;
+            }
+            let length = HEADER_BYTES as u64 + written.open * dtype.bytes() as u64;
+            let open = || -> std::io::Result<File> {
+                let mut file = File::options().write(true).open(&path)?;
+                if file.metadata()?.len() < length {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+                file.set_len(length)?;
+                file.seek(SeekFrom::End(0))?;
+                Ok(file)
+            };
+            let file = open().map_err(Error::io("go on with", &path))?;
+            writer.open = Some((path, BufWriter::with_capacity(1 << 20, file), written.open));
+        }
+        Ok(writer)
     }
 
     /// Appends tokens, which must all fit the dtype.
@@ -77,9 +131,13 @@ impl ShardWriter {
     }
 }
 
+fn name(prefix: &str, number: usize) -> String {
+    format!("{prefix}_{number:06}.bin")
+}
+
 /// A new file, with a header that counts nothing and so is invalid until the file is complete.
 fn start(folder: &Path, prefix: &str, number: usize) -> Result<(PathBuf, BufWriter<File>, u64)> {
-    let path = folder.join(format!("{prefix}_{number:06}.bin"));
+    let path = folder.join(name(prefix, number));
     let mut file = BufWriter::with_capacity(1 << 20, File::create_new(&path).map_err(Error::io("create", &path))?);
     file.write_all(&[0; HEADER_BYTES]).map_err(Error::io("write", &path))?;
     Ok((path, file, 0))

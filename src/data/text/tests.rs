@@ -31,7 +31,10 @@ fn invalid_utf8_is_named_with_its_offset() {
     assert!(refusal("a.txt", b"first\nsec\xffond").contains("invalid UTF-8 at byte 9 (0xff)"));
     assert!(refusal("a.txt", b"cut off \xe2\x82").contains("at byte 8 (0xe2)"));
     assert!(refusal("a.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xc3(\"}").contains("at byte 24 (0xc3)"));
-    assert!(refusal("a.jsonl.gz", b"\x1f\x8b\x08").contains("unpack"));
+    assert!(refusal("a.jsonl.xz", b"\xfd7zXZ").contains("unpack"));
+    for name in ["a.jsonl.gz", "a.txt.zst"] {
+        assert!(refusal(name, b"{\"text\": \"not packed\"}").contains("cannot be unpacked"));
+    }
 }
 
 #[test]
@@ -78,6 +81,24 @@ fn missing_paths_and_folders_without_text_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     assert!(Corpus::open(dir.path(), "text").unwrap_err().to_string().contains("holds no text"));
     assert_eq!(Corpus::open(&dir.path().join("absent"), "text").unwrap_err().exit_code(), 2);
+}
+
+#[test]
+fn bad_lines_are_left_out_where_asked_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.jsonl");
+    let bad = "{\"text\": 3}\n".repeat(20);
+    fs::write(&path, [b"{\"text\": \"a\"}\nno json\n\xff\n{\"text\": \"b\"}\n", bad.as_bytes()].concat()).unwrap();
+    let corpus = Corpus::open(&path, "text").unwrap().skip_bad(true);
+    assert_eq!(corpus.documents().collect::<Result<Vec<_>>>().unwrap(), ["a", "b"]);
+    let skipped = corpus.skipped();
+    assert_eq!((skipped.lines, skipped.first.len()), (22, Skipped::TOLD));
+    assert!(skipped.first[0].contains("line 2") && skipped.first[1].contains("UTF-8"), "{skipped:?}");
+    // A file that ends too early is no bad line.
+    let path = dir.path().join("b.jsonl.gz");
+    fs::write(&path, b"\x1f\x8b\x08\0\0\0").unwrap();
+    let corpus = Corpus::open(&path, "text").unwrap().skip_bad(true);
+    assert!(corpus.documents().next().unwrap().is_err());
 }
 
 proptest! {

@@ -144,3 +144,50 @@ fn everything_can_be_inspected() {
     let rows = Summary::Rows { rows: 3, inputs: 2, classes: 3, rows_per_class: vec![1, 0, 2] };
     assert_eq!(inspected(dir.path().join("rows.csv")), rows);
 }
+
+/// All files of a folder.
+fn files(folder: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let mut files: Vec<_> = entries.map(|e| (e.file_name(), fs::read(e.path()).unwrap())).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn an_interrupted_call_is_gone_on_with_to_the_same_bytes() {
+    let (dir, corpus) = corpus(300);
+    let options = TokenizeOptions { shard_tokens: 1000, save_every: 500, ..Default::default() };
+    let whole = dir.path().join("whole");
+    let info = run(&corpus, &Tokenizer::bytes(), &whole, &options).unwrap();
+    assert!(info.train.shards.len() > 3);
+    let out = dir.path().join("out");
+    let calls = |options: &TokenizeOptions, stop: usize| {
+        let mut places = Vec::new();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            tokenize(&corpus, &Tokenizer::bytes(), &out, options, &mut |p| {
+                places.push(p.stage);
+                // As good as a signal: what is not on the disk is lost.
+                assert!(places.iter().filter(|stage| **stage == "tokenizing").count() < stop, "stop");
+            })
+        }));
+        (result.ok(), places)
+    };
+    for stop in [9, 2, 4] {
+        let (stopped, _) = calls(&options, stop);
+        assert!(stopped.is_none() && !out.exists());
+    }
+    let (finished, places) = calls(&options, usize::MAX);
+    assert_eq!(finished.unwrap().unwrap(), info);
+    // Of eighteen batches twelve had been saved.
+    let found = places.iter().filter(|stage| **stage == "finding the place").count();
+    assert!(found > 150, "{found} documents were not made again");
+    assert_eq!(files(&out), files(&whole));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left beside");
+
+    // Other work starts from nothing.
+    fs::remove_dir_all(&out).unwrap();
+    assert!(calls(&options, 12).0.is_none());
+    let other = TokenizeOptions { val_fraction: 0.1, ..options };
+    let (_, places) = calls(&other, usize::MAX);
+    assert!(!places.contains(&"finding the place"));
+}
