@@ -95,6 +95,17 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// just calls it.
     fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
 
+    /// What was measured to choose between ways of computing that round differently, as text to keep with a run. None
+    /// where nothing is measured.
+    fn tuning(&self) -> Option<String> {
+        None
+    }
+
+    /// Takes over what [`Backend::tuning`] gave, so that the same bits are computed. False if it was measured elsewhere.
+    fn tune(&self, _text: &str) -> bool {
+        true
+    }
+
     /// Returns the profile gathered so far, and goes on gathering or stops. None where there is none, as on devices
     /// that have profilers of their own.
     fn profile(&self, _go_on: bool) -> Option<Profile> {

@@ -39,6 +39,10 @@ pub struct Config {
     /// On a GPU, launch every kernel by itself instead of replaying recorded steps: slower, the same numbers.
     #[serde(default)]
     pub eager: bool,
+    /// On a GPU, measure the algorithms of matrix products at their first use and keep the fastest, in `tuning.json` of
+    /// the run's folder, which resuming takes over. Otherwise the library's first choice is taken.
+    #[serde(default)]
+    pub autotune: bool,
     /// Seed of initial values and, unless given there, of the data order.
     #[serde(default = "one")]
     pub seed: u64,

@@ -79,10 +79,12 @@ impl Read for Counted {
 /// The frames of a Zstandard file, one after another (RFC 8878, section 3); parallel packers write many.
 struct Frames<R: BufRead>(Option<State<R>>);
 
+/// A frame's magic number, which has been looked at and is read once more, and the rest of the file.
+type Frame<R> = StreamingDecoder<Chain<Cursor<[u8; 4]>, R>, FrameDecoder>;
+
 enum State<R: BufRead> {
     Between(R),
-    /// The decoder reads the frame's magic number, which has been looked at, once more.
-    Inside(Box<StreamingDecoder<Chain<Cursor<[u8; 4]>, R>, FrameDecoder>>),
+    Inside(Box<Frame<R>>),
 }
 
 impl<R: BufRead> Read for Frames<R> {

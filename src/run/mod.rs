@@ -30,6 +30,8 @@ use std::path::{Path, PathBuf};
 pub const CONFIG_FILE: &str = "config.toml";
 /// The log.
 pub const LOG_FILE: &str = "log.txt";
+/// Algorithms that were measured for the run (`autotune`).
+pub const TUNING_FILE: &str = "tuning.json";
 
 /// Texts that a report shows.
 pub const SAMPLES_FILE: &str = "samples.jsonl";
@@ -48,13 +50,13 @@ pub fn resume(run: &Path, sets: &[String], show: Show) -> Result<Outcome> {
 }
 
 fn start(ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
-    let Config { device, precision, mut threads, eager, .. } = prepared.config;
+    let Config { device, precision, mut threads, eager, autotune, .. } = prepared.config;
     if threads == 0 && ranks.world.local_world > 1 {
         // The ranks of a host share its cores.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         threads = (cores / ranks.world.local_world).max(1);
     }
-    Place { device, precision, threads, eager }.run(Training { ranks, prepared, force, show })
+    Place { device, precision, threads, eager, autotune }.run(Training { ranks, prepared, force, show })
 }
 
 struct Training {

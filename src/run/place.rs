@@ -21,6 +21,8 @@ pub struct Place {
     pub threads: usize,
     /// On a GPU, launch every kernel by itself.
     pub eager: bool,
+    /// On a GPU, measure the algorithms of matrix products.
+    pub autotune: bool,
 }
 
 /// Something to do on any backend.
@@ -55,7 +57,7 @@ impl Place {
                 return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
             }
         };
-        Cuda::new(cuda::Options { ordinal: 0, compute, eager: self.eager })
+        Cuda::new(cuda::Options { ordinal: 0, compute, eager: self.eager, autotune: self.autotune })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an

@@ -1,7 +1,7 @@
 //! A run under way: steps, metrics, validation, checkpoints, signals.
 
 use super::{
-    CONFIG_FILE, LOG_FILE, Prepared,
+    CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
     prepare::Start,
     ranks::{Ranks, agree},
 };
@@ -65,6 +65,9 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
+    if resumes {
+        take_over_tuning(&trainer.backend, &config.run)?;
+    }
     let loaded = load(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
     let opened = match world.rank {
@@ -371,6 +374,10 @@ impl<B: Ops> Session<B> {
             config: Some(self.config.clone()),
             version: env!("CARGO_PKG_VERSION").into(),
         };
+        if let Some(tuning) = self.trainer.backend.tuning() {
+            let path = self.config.run.join(TUNING_FILE);
+            fs::write(&path, tuning).map_err(Error::io("write", &path))?;
+        }
         let mut writer = store.create(position.step)?;
         writer.json(CONFIG, &self.meaning)?;
         writer.json(STATE, &progress)?;
@@ -381,6 +388,22 @@ impl<B: Ops> Session<B> {
         self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
         writer.commit()
     }
+}
+
+/// Goes on with the algorithms that the run has used so far.
+fn take_over_tuning<B: Ops>(backend: &B, run: &Path) -> Result<()> {
+    let path = run.join(TUNING_FILE);
+    if !path.exists() {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    if !backend.tune(&text) {
+        tracing::warn!(
+            "{}: measured on another device or with another library: measured anew, results may differ in their last bits",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// A run folder that is made anew must not hold the checkpoint that the run starts from.

@@ -112,6 +112,28 @@ fn resumed_is_never_stopped() {
     }
 }
 
+/// Measured algorithms are kept with the run, and taken over by resuming.
+#[test]
+fn tuned_is_resumed_with_the_same_algorithms() {
+    let place = Place::new();
+    let sections = format!("[checkpoint]\nevery = 3\nkeep_last = 0\n[batch]\nsize = 2\n[model]\n{GPT2}");
+    config(&place, "tuned", "steps = 6\nautotune = true", &sections);
+    emulated_ok(&place, "train -c tuned.toml --device cuda", &[]);
+    let (whole, tuning) = (essence(&place.join("tuned"), 6), place.read("tuned/tuning.json"));
+    let text = String::from_utf8(tuning.clone()).unwrap();
+    assert!(text.contains("Emulated GPU") && text.matches("size:").count() > 5, "{text}");
+    fs::remove_dir_all(place.join("tuned/checkpoints/step-00000006")).unwrap();
+    emulated_ok(&place, "resume tuned --device cuda", &[]);
+    assert!(essence(&place.join("tuned"), 6) == whole, "resuming differs");
+    assert!(place.read("tuned/tuning.json") == tuning, "measured again");
+    // An algorithm that is not the library's is refused: the file is read, and used.
+    let broken = text.replace('[', "[\n      9,").replacen(',', ", ", 1);
+    place.write("tuned/tuning.json", broken);
+    fs::remove_dir_all(place.join("tuned/checkpoints/step-00000006")).unwrap();
+    let said = emulated_ok(&place, "resume tuned --device cuda", &[]);
+    assert!(said.err.contains("measured anew"), "{}", said.err);
+}
+
 /// A model widened without noise trains as the narrow one does.
 #[test]
 fn widened_is_narrow() {

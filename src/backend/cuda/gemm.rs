@@ -2,10 +2,11 @@
 //!
 //! cuBLASLt's matrices are column-major. A row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ over the same memory, so the
 //! operands change places. A shape's algorithm is the first one that the library's heuristic offers, among those whose
-//! sums have a fixed order; it is chosen at the shape's first use and kept. Products of f32 never use TF32.
+//! sums have a fixed order, or with `autotune` the fastest of the first eight; it is chosen at the shape's first use and
+//! kept. Products of f32 never use TF32.
 #![allow(unsafe_code, reason = "calls cuBLASLt")]
 
-use super::{Cuda, library};
+use super::{Cuda, Memory, library, tuning::Tuning};
 use crate::{
     DType, Error, Result,
     backend::{Mut, Ref, Stream},
@@ -14,10 +15,14 @@ use cudarc::cublaslt::{
     result::CublasError,
     sys::{self, cublasLtMatmulDescAttributes_t as Desc, cublasLtMatmulPreferenceAttributes_t as Preference},
 };
-use std::{collections::HashMap, ffi::c_void, ptr};
+use std::{collections::HashMap, ffi::c_void, ptr, time::Instant};
 
 /// Bytes that an algorithm may use beside its operands; NVIDIA's advice for Hopper.
 pub(super) const WORKSPACE: usize = 32 << 20;
+/// Algorithms that are measured for a product.
+const CANDIDATES: usize = 8;
+/// Calls of each.
+const CALLS: usize = 5;
 
 /// An operand: a row-major matrix in memory, perhaps taken transposed.
 #[derive(Clone, Copy)]
@@ -58,6 +63,8 @@ struct Shape {
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     prepared: HashMap<Shape, Prepared>,
+    /// With `autotune`: what was measured.
+    pub(super) tuning: Option<Tuning>,
 }
 
 // SAFETY: a handle may be used from any thread; the descriptors lie behind this value's lock.
@@ -69,6 +76,8 @@ struct Prepared {
     /// Of B, A and C: the order of the library's operands.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
+    /// What else the heuristic offered.
+    others: Vec<sys::cublasLtMatmulAlgo_t>,
 }
 
 macro_rules! lt {
@@ -83,17 +92,29 @@ fn check(status: sys::cublasStatus_t, call: &str) -> Result<()> {
 }
 
 impl Products {
-    pub(super) fn new() -> Result<Self> {
+    /// `tunes`: the GPU's name, if algorithms are to be measured.
+    pub(super) fn new(tunes: Option<&str>) -> Result<Self> {
         library::require(library::CUBLASLT)?;
         let mut handle = ptr::null_mut();
         // A plain out-parameter; the context is current.
         lt!(cublasLtCreate(&mut handle))?;
-        Ok(Self { handle, prepared: HashMap::new() })
+        // SAFETY: takes nothing, and the library is there.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        Ok(Self { handle, prepared: HashMap::new(), tuning: tunes.map(|device| Tuning::new(device, version)) })
     }
 
-    fn prepare(&mut self, shape: Shape) -> Result<&Prepared> {
+    /// `measure` gives the seconds that a product takes.
+    fn prepare(&mut self, shape: Shape, measure: impl Fn(&Prepared) -> Result<f64>) -> Result<&Prepared> {
         if !self.prepared.contains_key(&shape) {
-            let prepared = Prepared::new(self.handle, shape)?;
+            let mut prepared = Prepared::new(self.handle, shape, if self.tuning.is_some() { CANDIDATES } else { 1 })?;
+            if let Some(tuning) = &mut self.tuning {
+                let key = format!("{shape:?}");
+                match tuning.algorithms.get(&key) {
+                    Some(&data) => prepared.algorithm.data = data,
+                    None => prepared.keep_fastest(measure)?,
+                }
+                tuning.algorithms.insert(key, prepared.algorithm.data);
+            }
             self.prepared.insert(shape, prepared);
         }
         Ok(&self.prepared[&shape])
@@ -117,7 +138,7 @@ fn data_type(dtype: DType) -> sys::cudaDataType_t {
 }
 
 impl Prepared {
-    fn new(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Self> {
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape, candidates: usize) -> Result<Self> {
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
         let mut product = ptr::null_mut();
         lt!(cublasLtMatmulDescCreate(&mut product, compute, scale))?;
@@ -140,12 +161,31 @@ impl Prepared {
             let stride = shape.strides[operand] as i64;
             lt!(cublasLtMatrixLayoutCreate(&mut layouts[i], dtype, rows as u64, columns as u64, stride))?;
         }
-        let algorithm = choose(handle, product, layouts).map_err(|error| {
+        let algorithms = choose(handle, product, layouts, candidates).map_err(|error| {
             Error::Device(format!("{error}: no algorithm for the product {m} x {n} x {k} of {:?}", shape.types))
         });
-        let mut prepared = Self { product, layouts, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
-        prepared.algorithm = algorithm?;
+        let none = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
+        let mut prepared = Self { product, layouts, algorithm: none, others: Vec::new() };
+        let mut algorithms = algorithms?.into_iter();
+        prepared.algorithm = algorithms.next().unwrap_or(none);
+        prepared.others = algorithms.collect();
         Ok(prepared)
+    }
+}
+
+impl Prepared {
+    /// Measures every algorithm that the heuristic offered, and keeps the fastest.
+    fn keep_fastest(&mut self, measure: impl Fn(&Self) -> Result<f64>) -> Result<()> {
+        let (mut best, mut fastest) = (measure(self)?, self.algorithm);
+        for other in std::mem::take(&mut self.others) {
+            self.algorithm = other;
+            let seconds = measure(self)?;
+            if seconds < best {
+                (best, fastest) = (seconds, other);
+            }
+        }
+        self.algorithm = fastest;
+        Ok(())
     }
 }
 
@@ -163,13 +203,14 @@ fn describe<T>(product: sys::cublasLtMatmulDesc_t, attribute: Desc, value: &T) -
     lt!(cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>()))
 }
 
-/// The heuristic's first algorithm, among those that add in a fixed order: split sums are added by a second pass, never
-/// in place.
+/// The heuristic's first algorithms, at least one, among those that add in a fixed order: split sums are added by a second
+/// pass, never in place.
 fn choose(
     handle: sys::cublasLtHandle_t,
     product: sys::cublasLtMatmulDesc_t,
     [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
-) -> Result<sys::cublasLtMatmulAlgo_t> {
+    most: usize,
+) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
     use sys::cublasLtReductionScheme_t as Reduction;
     let mut preference = ptr::null_mut();
     lt!(cublasLtMatmulPreferenceCreate(&mut preference))?;
@@ -181,15 +222,17 @@ fn choose(
     let chosen = prefer(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ptr::from_ref(&WORKSPACE).cast(), 8)
         .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ptr::from_ref(&fixed).cast(), 4))
         .and_then(|()| {
-            let mut found = [const { std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit() }; 1];
-            let (to, mut count) = (found[0].as_mut_ptr(), 0);
-            lt!(cublasLtMatmulAlgoGetHeuristic(handle, product, a, b, c, c, preference, 1, to, &mut count))?;
-            if count == 0 {
-                return Err(Error::Device("cublasLtMatmulAlgoGetHeuristic: none found".into()));
+            let mut found = Vec::<sys::cublasLtMatmulHeuristicResult_t>::with_capacity(most);
+            let (to, mut count) = (found.as_mut_ptr(), 0);
+            lt!(cublasLtMatmulAlgoGetHeuristic(handle, product, a, b, c, c, preference, most as i32, to, &mut count))?;
+            // SAFETY: the library wrote as many results as it counted, which are no more than there is room for.
+            unsafe { found.set_len(count as usize) };
+            let usable = found.iter().filter(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+            let algorithms: Vec<_> = usable.map(|f| f.algo).collect();
+            match algorithms.is_empty() {
+                true => Err(Error::Device("cublasLtMatmulAlgoGetHeuristic: none found".into())),
+                false => Ok(algorithms),
             }
-            // SAFETY: the library wrote as many results as it counted.
-            let found = unsafe { found[0].assume_init() };
-            check(found.state, "cublasLtMatmulAlgoGetHeuristic").map(|()| found.algo)
         });
     let _ = lt!(cublasLtMatmulPreferenceDestroy(preference));
     chosen
@@ -238,20 +281,48 @@ impl Cuda {
         self.bind()?;
         let mut products = self.products();
         let handle = products.handle;
-        let Prepared { product, layouts, algorithm } = products.prepare(shape)?;
+        let operands = [b.view.address().0, a.view.address().0];
+        let prepared = products.prepare(shape, |prepared| {
+            // Into memory of its own: what c holds may be added to.
+            let result = Memory::new(&self.context, &self.allocated, c.len() * c.dtype().size())?;
+            self.seconds(|| self.multiply(handle, prepared, operands, result.address.0, (alpha, 0.0), bias))
+        })?;
+        self.multiply(handle, prepared, operands, c.address().0, (alpha, beta), bias)
+    }
+
+    /// Seconds of some work, once it is warm.
+    fn seconds(&self, work: impl Fn() -> Result<()>) -> Result<f64> {
+        work()?;
+        self.queue(Stream::Compute).synchronize()?;
+        let start = Instant::now();
+        (0..CALLS).try_for_each(|_| work())?;
+        self.queue(Stream::Compute).synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn multiply(
+        &self,
+        handle: sys::cublasLtHandle_t,
+        prepared: &Prepared,
+        [left, right]: [u64; 2],
+        result: u64,
+        (alpha, beta): (f32, f32),
+        bias: Option<Ref<'_, Self>>,
+    ) -> Result<()> {
+        let Prepared { product, layouts, algorithm, .. } = prepared;
         if let Some(bias) = bias {
             describe(*product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.address().0)?;
         }
-        let result = c.address().0 as *mut c_void;
+        let result = result as *mut c_void;
         // The descriptors are those of these operands, whose lengths were checked; alpha and beta are read before the
         // call returns; the workspace belongs to the compute stream.
         lt!(cublasLtMatmul(
             handle,
             *product,
             ptr::from_ref(&alpha).cast(),
-            b.view.address().0 as *const c_void,
+            left as *const c_void,
             layouts[0],
-            a.view.address().0 as *const c_void,
+            right as *const c_void,
             layouts[1],
             ptr::from_ref(&beta).cast(),
             result,

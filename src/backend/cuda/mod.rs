@@ -19,6 +19,7 @@ pub(crate) mod launch;
 pub mod library;
 pub mod module;
 pub mod nvrtc;
+mod tuning;
 
 pub use driver::{Event, Properties};
 pub use graph::Graph;
@@ -50,6 +51,8 @@ pub struct Options {
     pub compute: DType,
     /// Launch every kernel by itself instead of replaying recorded steps.
     pub eager: bool,
+    /// Measure the algorithms of matrix products instead of taking the library's word.
+    pub autotune: bool,
 }
 
 /// A GPU.
@@ -93,7 +96,7 @@ impl Cuda {
         let allocated = Arc::default();
         let queues = [Queue::new(&context)?, Queue::new(&context)?, Queue::new(&context)?];
         Ok(Self {
-            products: Mutex::new(Products::new()?),
+            products: Mutex::new(Products::new(options.autotune.then_some(properties.name.as_str()))?),
             modules,
             workspace: Mutex::default(),
             product_workspace: Memory::new(&context, &allocated, gemm::WORKSPACE)?,
@@ -433,6 +436,15 @@ impl Backend for Cuda {
     fn synchronize(&self, event: &Event) -> Result<()> {
         self.fault()?;
         event.synchronize(&self.context)
+    }
+
+    fn tuning(&self) -> Option<String> {
+        let products = self.products();
+        products.tuning.as_ref().and_then(|tuning| serde_json::to_string_pretty(tuning).ok())
+    }
+
+    fn tune(&self, text: &str) -> bool {
+        self.products().tuning.as_mut().is_none_or(|tuning| tuning.take_over(text))
     }
 
     fn captured(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
