@@ -126,7 +126,8 @@ class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${high}`);
     this.lines = this.collect();
     const all = this.lines.flatMap((line) => line.points);
-    const inside = all.filter(([x]) => (state.from === null || x >= state.from) && (state.to === null || x <= state.to));
+    const { from, to } = state;
+    const inside = all.filter(([x]) => (from === null || x >= from) && (to === null || x <= to));
     const { left, right, top, bottom } = this.box;
     if (inside.length === 0) {
       draw(this.svg, "text", { x: width / 2, y: high / 2, "text-anchor": "middle" }, "nothing to draw");
