@@ -10,7 +10,13 @@
 pub mod cpu;
 pub mod cuda;
 
-use crate::{DType, Result};
+use crate::{
+    DType, Result,
+    comm::{
+        Comm,
+        tcp::{Tcp, Tree},
+    },
+};
 use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc};
 
 /// The queues of a device. Ops run on [`Stream::Compute`]; collectives and copies may run beside them.
@@ -94,6 +100,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// to step is read from device memory). A device with graphs records it once and replays it afterwards; a CPU
     /// just calls it.
     fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
+
+    /// The way to the devices of the ranks that this one's host is connected with.
+    fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        Ok(Box::new(Tcp::new(tree)?))
+    }
 
     /// Returns the profile gathered so far, and goes on gathering or stops. None where there is none, as on devices
     /// that have profilers of their own.

@@ -141,7 +141,7 @@ impl PlaceArgs {
 
     /// The place as it was asked for.
     fn place(&self) -> Place {
-        Place { device: self.device, precision: self.precision, threads: self.threads, eager: false }
+        Place { device: self.device, precision: self.precision, threads: self.threads, ..Place::default() }
     }
 }
 

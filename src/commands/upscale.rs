@@ -115,7 +115,7 @@ pub fn run(args: Args) -> Result<()> {
     let writer = Writer::create(&args.out, args.force)?;
     // Weights are written as they are stored: f32, or f64 as the base has them.
     let precision = if origin.dtype()? == DType::F64 { Precision::F64 } else { Precision::F32 };
-    let place = Place { device: args.device, precision, threads: args.threads, eager: false };
+    let place = Place { device: args.device, precision, threads: args.threads, ..Place::default() };
     let wide = place.run(Widening { origin: &origin, growth: &growth, moments: args.moments, writer })?;
     let outcome = Outcome {
         checkpoint: args.out,

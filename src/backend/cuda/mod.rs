@@ -4,6 +4,7 @@
 //! library → driver → module (images, or nvrtc) → launch        ops/*/cuda.rs: kernels! { … }
 //!                  → gemm (cuBLASLt)                            ops/linear, head, muon
 //!                  → graph (capture and replay)                 trainer::micro_step, update
+//!                  → nccl (sums over ranks)                     comm::Comm
 //! ```
 //!
 //! Calls enqueue work and return nothing: what fails is kept, and told by the next [`Backend::synchronize`], as a
@@ -18,6 +19,7 @@ mod graph;
 pub(crate) mod launch;
 pub mod library;
 pub mod module;
+mod nccl;
 pub mod nvrtc;
 
 pub use driver::{Event, Properties};
@@ -28,15 +30,19 @@ pub(crate) use {
 };
 
 use super::{ALIGNMENT, Address, Backend, HostBuffer, Mut, Ref, Staging, Stream, Tensor, aligned};
-use crate::{DType, Error, Result};
+use crate::{
+    DType, Error, Result,
+    comm::{Comm, tcp::Tree},
+};
 use driver::{Context, EventPool, Queue, cuda};
 use gemm::Products;
 use module::Modules;
+use nccl::{Group, Nccl};
 use std::{
     ops::Range,
     ptr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -57,6 +63,7 @@ pub struct Cuda {
     options: Options,
     properties: Properties,
     // Dropped in this order: what lives in the context before it.
+    group: OnceLock<Group>,
     products: Mutex<Products>,
     modules: Modules,
     workspace: Mutex<Vec<Tensor<Self>>>,
@@ -93,6 +100,7 @@ impl Cuda {
         let allocated = Arc::default();
         let queues = [Queue::new(&context)?, Queue::new(&context)?, Queue::new(&context)?];
         Ok(Self {
+            group: OnceLock::new(),
             products: Mutex::new(Products::new()?),
             modules,
             workspace: Mutex::default(),
@@ -432,11 +440,22 @@ impl Backend for Cuda {
 
     fn synchronize(&self, event: &Event) -> Result<()> {
         self.fault()?;
-        event.synchronize(&self.context)
+        match self.group.get() {
+            // What other ranks have a part in may never come.
+            Some(group) => {
+                self.note(group.wait(event));
+                self.fault()
+            }
+            None => event.synchronize(&self.context),
+        }
     }
 
     fn captured(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.fault()?;
         self.replay(graph, work)
+    }
+
+    fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        Ok(Box::new(Nccl::new(self, tree)?))
     }
 }
