@@ -30,7 +30,8 @@ impl Ranks {
             let place = Place::of_rank(&prepared.config, &world)?;
             Ok((prepared, place))
         });
-        let comm = prepared.as_ref().map_or_else(|_| CommConfig::default(), |(prepared, _)| prepared.config.comm.clone());
+        let comm =
+            prepared.as_ref().map_or_else(|_| CommConfig::default(), |(prepared, _)| prepared.config.comm.clone());
         let timeout = Duration::from_secs(comm.timeout);
         let tree = Tree::connect(&world, &world.meet(timeout)?, timeout)?;
         let mut exchange = |mine: &[u8]| tree.exchange(mine);

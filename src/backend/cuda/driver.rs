@@ -250,13 +250,6 @@ impl Queue {
         cuda!(cuStreamCreate(&mut raw, flags))?;
         Ok(Self { raw, context: context.clone() })
     }
-
-    /// Waits until everything enqueued has run; reports faults.
-    pub(super) fn synchronize(&self) -> Result<()> {
-        self.context.bind()?;
-        // SAFETY: a live stream.
-        cuda!(cuStreamSynchronize(self.raw))
-    }
 }
 
 impl Drop for Queue {

@@ -297,7 +297,7 @@ impl Cuda {
         for (i, part) in bytes.chunks(BOUNCE).enumerate() {
             let (buffer, busy) = &mut buffers[i % 2];
             if let Some(event) = busy.take() {
-                event.synchronize(&self.context)?;
+                self.synchronize(&event)?;
             }
             buffer.bytes_mut()[..part.len()].copy_from_slice(part);
             let to = target.offset(i * BOUNCE).0;
@@ -350,7 +350,8 @@ impl Backend for Cuda {
         let queue = self.queue(Stream::Compute);
         // SAFETY: the allocation has as many bytes.
         cuda!(cuMemsetD8Async(memory.address.0, 0, memory.bytes, queue.raw))?;
-        queue.synchronize()?;
+        // What the queue holds already may wait for other ranks.
+        self.synchronize(&Event::record(&self.events, queue)?)?;
         Ok(memory)
     }
 

@@ -221,7 +221,15 @@ impl Group {
         let (mut handle, mut config) = (ptr::null_mut(), Config::non_blocking());
         // SAFETY: plain out-parameters; the GPU's context is current.
         let status = unsafe { (api.init)(&mut handle, world as c_int, UniqueId(id), rank as c_int, &mut config) };
-        let group = Self { api, handle, rank, hosts: hosts.clone(), timeout, context: cuda.context.clone(), aborted: AtomicBool::new(false) };
+        let group = Self {
+            api,
+            handle,
+            rank,
+            hosts: hosts.clone(),
+            timeout,
+            context: cuda.context.clone(),
+            aborted: AtomicBool::new(false),
+        };
         let joined = group.checked(status, "NCCL to connect the GPUs");
         if let Err(error) = &joined {
             hosts.leave(&format!("rank {rank} ended: {error}"));

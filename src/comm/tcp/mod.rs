@@ -313,7 +313,10 @@ impl<B: Backend> Tcp<B> {
         let refused = |e| Error::Device(format!("a thread for communication was refused ({e})"));
         let lost = Lost::default();
         let noted = lost.clone();
-        thread::Builder::new().name("communication".into()).spawn(move || serve(&tree, &work, &noted)).map_err(refused)?;
+        thread::Builder::new()
+            .name("communication".into())
+            .spawn(move || serve(&tree, &work, &noted))
+            .map_err(refused)?;
         Ok(Self { rank, world, jobs, leaving, lost, spare: Mutex::default() })
     }
 
