@@ -19,7 +19,7 @@ mod graph;
 pub(crate) mod launch;
 pub mod library;
 pub mod module;
-mod nccl;
+pub mod nccl;
 pub mod nvrtc;
 
 pub use driver::{Event, Properties};

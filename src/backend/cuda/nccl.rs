@@ -128,6 +128,20 @@ functions! {
 }
 
 impl Api {
+    /// Of a call without a communicator.
+    fn check(&self, status: c_int) -> Result<()> {
+        let why = || Error::Device(format!("NCCL cannot start: {}", self.explain(ptr::null_mut(), status)));
+        if status == SUCCESS { Ok(()) } else { Err(why()) }
+    }
+
+    /// The version as NCCL writes it.
+    fn number(&self) -> Result<c_int> {
+        let mut version = 0;
+        // SAFETY: a plain out-parameter.
+        self.check(unsafe { (self.version)(&mut version) })?;
+        Ok(version)
+    }
+
     /// What NCCL has to say of a failure.
     fn explain(&self, handle: Handle, status: c_int) -> String {
         let read = |text: *const c_char| match text.is_null() {
@@ -147,26 +161,21 @@ const CARD: usize = 16 + 4 + 128;
 
 fn card(cuda: &Cuda, rank: usize) -> Result<(Api, Vec<u8>)> {
     let api = Api::load()?;
-    let (mut version, mut id) = (0, UniqueId([0; 128]));
-    // SAFETY: a plain out-parameter.
-    let mut status = unsafe { (api.version)(&mut version) };
-    if status == SUCCESS && version < OLDEST {
+    let version = api.number()?;
+    if version < OLDEST {
         return Err(Error::Device(format!("NCCL {} is too old: 2.18 or newer is needed", dotted(version))));
     }
-    if status == SUCCESS && rank == 0 {
+    let mut id = UniqueId([0; 128]);
+    if rank == 0 {
         // SAFETY: a plain out-parameter.
-        status = unsafe { (api.unique_id)(&mut id) };
-    }
-    if status != SUCCESS {
-        return Err(Error::Device(format!("NCCL cannot start: {}", api.explain(ptr::null_mut(), status))));
+        api.check(unsafe { (api.unique_id)(&mut id) })?;
     }
     let gpu = driver::uuid(cuda.properties.ordinal)?;
     Ok((api, [&gpu[..], &version.to_le_bytes(), &id.0].concat()))
 }
 
-/// Makes sure that the ranks' cards go together; gives the id of rank 0.
-fn compare(cards: &[Vec<u8>]) -> Result<Id> {
-    let several = ["NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_HOSTID"].iter().any(|name| env::var_os(name).is_some());
+/// Makes sure that the ranks' cards go together; gives the id of rank 0. `sharing`: several ranks may have one GPU.
+fn compare(cards: &[Vec<u8>], sharing: bool) -> Result<Id> {
     let version = |card: &[u8]| dotted(card[16..20].try_into().map_or(0, c_int::from_le_bytes));
     for (rank, card) in cards.iter().enumerate() {
         if card.len() != CARD {
@@ -174,12 +183,11 @@ fn compare(cards: &[Vec<u8>]) -> Result<Id> {
         }
         if card[16..20] != cards[0][16..20] {
             let (first, other) = (version(&cards[0]), version(card));
-            return Err(Error::Usage(format!(
-                "rank {rank} has NCCL {other}, rank 0 has {first}: install the same on all hosts"
-            )));
+            let why = format!("rank {rank} has NCCL {other}, rank 0 has {first}: install the same on all hosts");
+            return Err(Error::Usage(why));
         }
         let twin = cards[..rank].iter().position(|other| other[..16] == card[..16]);
-        if let Some(twin) = twin.filter(|_| !several) {
+        if let Some(twin) = twin.filter(|_| !sharing) {
             return Err(Error::Usage(format!(
                 "ranks {twin} and {rank} have the same GPU: start one process for each GPU of a host, and show each its \
                  own (CUDA_VISIBLE_DEVICES) or all"
@@ -187,6 +195,11 @@ fn compare(cards: &[Vec<u8>]) -> Result<Id> {
         }
     }
     Ok(cards[0][20..].try_into().unwrap_or([0; 128]))
+}
+
+/// NCCL's version, for example `2.27.3`.
+pub fn version() -> Result<String> {
+    Ok(dotted(Api::load()?.number()?))
 }
 
 /// 22703 as `2.27.3`.
@@ -215,7 +228,8 @@ impl Group {
         let (rank, world) = (hosts.rank(), hosts.world());
         let mut exchange = |mine: &[u8]| hosts.exchange(mine);
         let (api, mine) = settle(rank, card(cuda, rank), &mut exchange)?;
-        let id = compare(&exchange(&mine)?);
+        let sharing = ["NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_HOSTID"].iter().any(|name| env::var_os(name).is_some());
+        let id = compare(&exchange(&mine)?, sharing);
         let id = settle(rank, id, &mut exchange)?;
         cuda.bind()?;
         let (mut handle, mut config) = (ptr::null_mut(), Config::non_blocking());
@@ -401,5 +415,27 @@ impl Comm<Cuda> for Nccl {
 
     fn leave(&self, cause: &str) {
         self.hosts.leave(cause);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(gpu: u8, version: c_int, id: u8) -> Vec<u8> {
+        [&[gpu; 16][..], &version.to_le_bytes(), &[id; 128]].concat()
+    }
+
+    #[test]
+    fn cards_that_do_not_go_together_are_told() {
+        let [a, b] = [card(1, 22_703, 7), card(2, 22_703, 0)];
+        assert_eq!(compare(&[a.clone(), b.clone()], false).unwrap(), [7; 128]);
+        let said = |cards: &[Vec<u8>]| compare(cards, false).unwrap_err().to_string();
+        let old = said(&[a.clone(), b.clone(), card(3, 21_805, 0)]);
+        assert!(old.contains("rank 2 has NCCL 2.18.5, rank 0 has 2.27.3"), "{old}");
+        let twins = [a, b.clone(), b];
+        assert!(said(&twins).contains("ranks 1 and 2 have the same GPU"), "{}", said(&twins));
+        assert!(compare(&twins, true).is_ok());
+        assert!(said(&[vec![0; 3]]).contains("rank 0 tells nonsense"));
     }
 }
