@@ -271,13 +271,15 @@ impl<B: Ops> Trainer<B> {
             }
         };
         let weights = Weights { table: network.table(), arena: state.weights.view() };
-        backend.captured(&mut graphs.0[index], || {
+        let mut work = || {
             let mut gradients =
                 Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
             network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);
             backend.tally(scalars.view_mut(), acts.losses().view(), feed.batch.targets.view());
             Ok(())
-        })?;
+        };
+        // Sums over ranks begin within the last micro-step, and hosts have a part in them: it is not recorded.
+        if last && comm.world() > 1 { work() } else { backend.captured(&mut graphs.0[index], work) }?;
         fault?;
         for (range, ticket) in tickets {
             comm.finish_all_reduce(backend, Stream::Communication, ticket, sums[0].slice_mut(range))?;

@@ -2,48 +2,22 @@
 
 mod command;
 
-use command::{Place, Said, essence};
+use command::{
+    Place, Said, essence,
+    ranks::{as_rank, end, losses, port, start_ranks, wait_for_a_step},
+};
 use std::{
-    net::TcpListener,
     process::{Child, Command},
-    thread::sleep,
     time::{Duration, Instant},
 };
 
-/// Nothing here takes longer, however slow the machine.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A port that was free just now.
-fn port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// A rank of `world` processes, as torchrun starts it.
+/// A rank of `world` processes.
 fn rank(place: &Place, line: &str, rank: usize, world: usize, port: u16) -> Command {
-    let mut command = place.command(line);
-    for (name, value) in [("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)] {
-        command.env(name, value.to_string());
-    }
-    command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-    command
+    as_rank(place.command(line), rank, world, port)
 }
 
 fn start(place: &Place, line: &str, world: usize) -> Vec<Child> {
-    let port = port();
-    (0..world).map(|r| rank(place, line, r, world, port).spawn().unwrap()).collect()
-}
-
-/// Waits for a process, for a bounded time.
-fn end(mut child: Child) -> Said {
-    let start = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > PATIENCE {
-            child.kill().unwrap();
-            panic!("a rank does not end: {:?}", child.wait_with_output().unwrap());
-        }
-        sleep(Duration::from_millis(5));
-    }
-    Said::new(child.wait_with_output().unwrap())
+    start_ranks(world, |_| place.command(line))
 }
 
 /// Runs ranks that must succeed.
@@ -64,12 +38,6 @@ fn train(run: &str, more: &str) -> String {
         "train -c run.toml --set run={run} --set batch.micro_batches=8 --set validation.every=2 \
          --set checkpoint.keep_last=0 --set comm.timeout=60 {more}"
     )
-}
-
-fn losses(place: &Place, run: &str) -> Vec<f64> {
-    let text = String::from_utf8(place.read(&format!("{run}/metrics.jsonl"))).unwrap();
-    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap();
-    text.lines().map(loss).collect()
 }
 
 #[test]
@@ -124,15 +92,6 @@ fn a_run_is_resumed_with_any_number_of_ranks() {
     assert_eq!(a.len(), b.len());
     assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-12 * a.abs()), "{a:?} {b:?}");
     assert!(!same("one", "many"), "three ranks add in another order");
-}
-
-fn wait_for_a_step(place: &Place, run: &str) {
-    let metrics = place.join(run).join("metrics.jsonl");
-    let start = Instant::now();
-    while !std::fs::metadata(&metrics).is_ok_and(|m| m.len() > 0) {
-        assert!(start.elapsed() < PATIENCE, "no step was made");
-        sleep(Duration::from_millis(2));
-    }
 }
 
 #[test]

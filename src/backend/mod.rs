@@ -10,7 +10,13 @@
 pub mod cpu;
 pub mod cuda;
 
-use crate::{DType, Result};
+use crate::{
+    DType, Result,
+    comm::{
+        Comm,
+        tcp::{Tcp, Tree},
+    },
+};
 use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc};
 
 /// The queues of a device. Ops run on [`Stream::Compute`]; collectives and copies may run beside them.
@@ -104,6 +110,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Takes over what [`Backend::tuning`] gave, so that the same bits are computed. False if it was measured elsewhere.
     fn tune(&self, _text: &str) -> bool {
         true
+    }
+
+    /// The way to the devices of the ranks that this one's host is connected with.
+    fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        Ok(Box::new(Tcp::new(tree)?))
     }
 
     /// Returns the profile gathered so far, and goes on gathering or stops. None where there is none, as on devices

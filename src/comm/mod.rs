@@ -7,7 +7,7 @@ pub mod tcp;
 pub mod threads;
 
 use crate::{
-    Result,
+    Error, Result,
     backend::{Backend, Mut, Stream},
 };
 use std::{ops::Range, sync::mpsc::Receiver};
@@ -44,6 +44,31 @@ pub trait Comm<B: Backend>: Send {
 /// A sum under way; what it holds is its communicator's business.
 pub struct Ticket<B: Backend>(Option<Receiver<Result<B::Host>>>);
 
+impl<B: Backend> Ticket<B> {
+    /// Of a sum that its stream knows of: nothing is left to the host.
+    pub fn enqueued() -> Self {
+        Self(None)
+    }
+}
+
+/// A way to all ranks' bytes, as [`Comm::exchange`].
+pub type Exchange<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>>;
+
+/// Every rank gives what it has done. If that failed on some, it fails on all: the first of them has the error, the
+/// others an [`Error::Elsewhere`].
+pub fn settle<T>(rank: usize, result: Result<T>, exchange: Exchange) -> Result<T> {
+    let mine: Vec<u8> = result.as_ref().err().map(Error::exit_code).into_iter().collect();
+    let all = match exchange(&mine) {
+        Ok(all) => all,
+        // Ranks that cannot even say that they failed: the first cause is this one's own.
+        Err(lost) => return Err(result.err().unwrap_or(lost)),
+    };
+    match all.iter().enumerate().find_map(|(rank, code)| Some((rank, *code.first()?))) {
+        Some((first, code)) if first != rank => Err(Error::Elsewhere { code }),
+        _ => result,
+    }
+}
+
 /// A world of one rank.
 pub struct Solo;
 
@@ -55,7 +80,7 @@ impl<B: Backend> Comm<B> for Solo {
         1
     }
     fn begin_all_reduce(&self, _: &B, _: Stream, _: Mut<'_, B>) -> Result<Ticket<B>> {
-        Ok(Ticket(None))
+        Ok(Ticket::enqueued())
     }
     fn finish_all_reduce(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
         Ok(())

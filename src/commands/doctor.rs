@@ -6,7 +6,7 @@ use crate::{
     backend::cuda::{
         driver, library,
         module::{self, TOOLKIT},
-        nvrtc,
+        nccl, nvrtc,
     },
     machine,
 };
@@ -94,6 +94,9 @@ fn examine() -> Report {
     let compiler = library::require(library::NVRTC)
         .and_then(|found| Ok(format!("{found}, {}, needed where no image of a kernel fits", nvrtc::version()?)));
     findings.push(finding("NVRTC", compiler));
+    let sums = library::require(library::NCCL)
+        .and_then(|found| Ok(format!("{found}, {}, needed for several GPUs", nccl::version()?)));
+    findings.push(finding("NCCL", sums));
     let built = TOOLKIT.map_or("without nvcc: kernels are compiled on this machine".into(), |t| format!("CUDA {t}"));
     findings.push(finding("built with", Ok(built)));
     let usable = gpus.iter().any(|gpu| gpu.capability >= driver::OLDEST_GPU);

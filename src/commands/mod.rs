@@ -31,7 +31,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use std::{
     fmt::Display,
     fs,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
 };
@@ -90,6 +90,7 @@ enum Command {
 
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
+    log();
     let args = Args::parse();
     match args.run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +103,14 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Shows warnings on standard error; `MUPSCALE_LOG=debug` shows more.
+fn log() {
+    let level = std::env::var("MUPSCALE_LOG").ok().and_then(|level| level.parse().ok());
+    let lines = tracing_subscriber::fmt().with_max_level(level.unwrap_or(tracing::Level::WARN));
+    let lines = lines.with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    lines.without_time().with_target(false).init();
 }
 
 impl Args {

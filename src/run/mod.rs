@@ -23,7 +23,7 @@ pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
 pub use ranks::Ranks;
 pub use session::{Outcome, train};
 
-use crate::{Result, config::Config, ops::Ops, report::progress::Show};
+use crate::{Result, ops::Ops, report::progress::Show};
 use std::path::{Path, PathBuf};
 
 /// File names in a run folder.
@@ -50,13 +50,7 @@ pub fn resume(run: &Path, sets: &[String], show: Show) -> Result<Outcome> {
 }
 
 fn start(ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
-    let Config { device, precision, mut threads, eager, autotune, .. } = prepared.config;
-    if threads == 0 && ranks.world.local_world > 1 {
-        // The ranks of a host share its cores.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        threads = (cores / ranks.world.local_world).max(1);
-    }
-    Place { device, precision, threads, eager, autotune }.run(Training { ranks, prepared, force, show })
+    Place::of_rank(&prepared.config, &ranks.world)?.run(Training { ranks, prepared, force, show })
 }
 
 struct Training {

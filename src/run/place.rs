@@ -6,7 +6,8 @@ use crate::{
         cpu::Cpu,
         cuda::{self, Cuda, library},
     },
-    config::{Device, Precision},
+    comm::environment::World,
+    config::{Config, Device, Precision},
     ops::Ops,
 };
 
@@ -23,6 +24,8 @@ pub struct Place {
     pub eager: bool,
     /// On a GPU, measure the algorithms of matrix products.
     pub autotune: bool,
+    /// Which of the visible GPUs, from 0.
+    pub ordinal: u32,
 }
 
 /// Something to do on any backend.
@@ -34,6 +37,29 @@ pub trait Work {
 }
 
 impl Place {
+    /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
+    /// a GPU of its own: that of its number, or the only one that is shown to it.
+    pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
+        let Config { device, precision, mut threads, eager, autotune, .. } = *config;
+        let local = world.local_world;
+        if threads == 0 && local > 1 {
+            threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
+        }
+        let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
+        if !place.on_gpu()? {
+            return Ok(Self { device: Device::Cpu, ..place });
+        }
+        let ordinal = match cuda::driver::devices()? as usize {
+            0 | 1 => 0,
+            count if local <= count => world.local_rank as u32,
+            count => {
+                let why = format!("more than the {count} GPUs that are visible: start one process for each GPU");
+                return Err(Error::config("ranks on a host", local, why));
+            }
+        };
+        Ok(Self { device: Device::Cuda, ordinal, ..place })
+    }
+
     /// Does something on the backend that this place means.
     pub fn run<W: Work>(self, work: W) -> Result<W::Output> {
         if self.on_gpu()? {
@@ -57,7 +83,8 @@ impl Place {
                 return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
             }
         };
-        Cuda::new(cuda::Options { ordinal: 0, compute, eager: self.eager, autotune: self.autotune })
+        let Self { ordinal, eager, autotune, .. } = self;
+        Cuda::new(cuda::Options { ordinal, compute, eager, autotune })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an

@@ -1,15 +1,11 @@
 //! A run's ranks before the first step: they meet, and make sure that they are about to do the same.
 
-use super::Prepared;
+use super::{Place, Prepared};
 use crate::{
     Error, Result,
     backend::Backend,
-    comm::{
-        Comm, Solo,
-        environment::World,
-        tcp::{Tcp, Tree},
-    },
-    config::{CommConfig, Config},
+    comm::{Comm, Exchange, Solo, environment::World, settle, tcp::Tree},
+    config::{CommConfig, Config, Device},
     trainer::enough_micro_batches,
 };
 use std::time::Duration;
@@ -31,50 +27,36 @@ impl Ranks {
         }
         let mut prepared = prepare().and_then(|prepared| {
             enough_micro_batches(&prepared.config, world.world)?;
-            Ok(prepared)
+            let place = Place::of_rank(&prepared.config, &world)?;
+            Ok((prepared, place))
         });
-        let comm = prepared.as_ref().map_or_else(|_| CommConfig::default(), |prepared| prepared.config.comm.clone());
+        let comm =
+            prepared.as_ref().map_or_else(|_| CommConfig::default(), |(prepared, _)| prepared.config.comm.clone());
         let timeout = Duration::from_secs(comm.timeout);
         let tree = Tree::connect(&world, &world.meet(timeout)?, timeout)?;
         let mut exchange = |mine: &[u8]| tree.exchange(mine);
         prepared = settle(world.rank, prepared, &mut exchange);
-        let prepared = prepared?;
-        same(world.rank, &facts(&prepared), &mut exchange)?;
+        let (prepared, place) = prepared?;
+        same(world.rank, &facts(&prepared, place), &mut exchange)?;
         Ok((Self { world, tree: Some(tree) }, prepared))
     }
 
     /// The way to the other ranks.
-    pub fn comm<B: Backend>(self) -> Result<Box<dyn Comm<B>>> {
-        Ok(match self.tree {
-            Some(tree) => Box::new(Tcp::new(tree)?),
-            None => Box::new(Solo),
-        })
+    pub fn comm<B: Backend>(self, backend: &B) -> Result<Box<dyn Comm<B>>> {
+        match self.tree {
+            Some(tree) => backend.connect(tree),
+            None => Ok(Box::new(Solo)),
+        }
     }
 }
 
-/// Every rank gives what it has done. If that failed on some, it fails on all: the first of them has the error, the
-/// others an [`Error::Elsewhere`].
+/// See [`settle`].
 pub fn agree<T, B: Backend>(comm: &dyn Comm<B>, result: Result<T>) -> Result<T> {
     settle(comm.rank(), result, &mut |mine| comm.exchange(mine))
 }
 
-type Exchange<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Vec<Vec<u8>>>;
-
-fn settle<T>(rank: usize, result: Result<T>, exchange: Exchange) -> Result<T> {
-    let mine: Vec<u8> = result.as_ref().err().map(Error::exit_code).into_iter().collect();
-    let all = match exchange(&mine) {
-        Ok(all) => all,
-        // Ranks that cannot even say that they failed: the first cause is this one's own.
-        Err(lost) => return Err(result.err().unwrap_or(lost)),
-    };
-    match all.iter().enumerate().find_map(|(rank, code)| Some((rank, *code.first()?))) {
-        Some((first, code)) if first != rank => Err(Error::Elsewhere { code }),
-        _ => result,
-    }
-}
-
 /// What ranks must have in common, by the words for it.
-fn facts(prepared: &Prepared) -> Vec<(&'static str, String)> {
+fn facts(prepared: &Prepared, place: Place) -> Vec<(&'static str, String)> {
     let Prepared { config, meaning, samples, origin, .. } = prepared;
     // How a rank computes is its own affair.
     let config = Config { threads: 0, ..config.clone() };
@@ -87,6 +69,7 @@ fn facts(prepared: &Prepared) -> Vec<(&'static str, String)> {
         ("model", format!("{:?} {:?}", meaning.spec, meaning.scaling)),
         ("fingerprint of the data", format!("{:016x}", samples.fingerprint())),
         ("start", start),
+        ("device", if place.device == Device::Cuda { "GPU" } else { "CPU" }.into()),
     ]
 }
 

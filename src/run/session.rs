@@ -61,7 +61,7 @@ pub struct Outcome {
 pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
     let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
     let world = ranks.world.clone();
-    let comm = ranks.comm()?;
+    let comm = ranks.comm(&backend)?;
     let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
@@ -93,6 +93,10 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let outcome = session.run();
     if let Err(error) = &outcome {
         session.trainer.comm.leave(&format!("rank {} ended: {error}", world.rank));
+        if world.world > 1 && matches!(error, Error::Fault(_)) {
+            // A device that waits for a lost rank may let whoever frees its memory wait too; the process ends anyway.
+            std::mem::forget(session);
+        }
     }
     match outcome {
         // All ranks come to these together, and one says so.

@@ -1,6 +1,8 @@
 //! The binary as a user types it, in a folder of its own that holds a corpus, a dataset and two finished runs.
 #![allow(dead_code, reason = "each of the test files that share this uses a part of it")]
 
+pub mod ranks;
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `agreement` | every op = the CPU's, whatever the order of threads, blocks and streams; the roads by which kernels load |
 //! | `training` | training, resuming, widening, saving on a GPU = on the CPU; recorded = eager |
+//! | `ranks` | processes on a GPU each = one process; resumed with another number; a lost rank ends all |
 //! | `faults` | what is missing, too old, too small or breaks: one message, the last checkpoint intact |
 
 #[path = "../command/mod.rs"]
@@ -12,6 +13,7 @@ mod command;
 
 mod agreement;
 mod faults;
+mod ranks;
 mod training;
 
 use command::{Place, Said};

@@ -83,7 +83,7 @@ void log_line(const std::string& text) {
     *log << text << std::endl;
 }
 
-static std::recursive_mutex& big_lock() {
+std::recursive_mutex& big_lock() {
     static std::recursive_mutex* lock = new std::recursive_mutex;
     return *lock;
 }

@@ -66,6 +66,8 @@ struct Fault {
     int code;
     std::string what;
 };
+// Thrown by work that needs something from outside, which is not there yet: it is run again later.
+struct Later {};
 
 struct Work {
     Device* device;
@@ -152,6 +154,8 @@ struct Call {
 #define ENTER(needs)                      \
     driver::Call call(__func__, needs);   \
     if (call.error) return call.error
+// What serves all calls, one after the other.
+std::recursive_mutex& big_lock();
 // Adds a line to the log.
 void log_line(const std::string& text);
 
@@ -162,7 +166,9 @@ int enqueue(Stream* stream, Body body);
 // Appends a point that comes after `after` too; for internal joins and events.
 WorkRef enqueue_join(Stream* stream, std::vector<WorkRef> after);
 int launch_graph(GraphExec& exec, Stream* stream);
-// Runs it and all that it comes after.
+// Runs it and all that it comes after, as far as that is possible now. False where some of it waits from outside.
+bool advance(const WorkRef& work);
+// The same, until it is done.
 void finish(const WorkRef& work);
 void finish_device(Device* device);
 // A call that this capture cannot bear.

@@ -7,7 +7,29 @@
 
 namespace driver {
 
-static void execute(Work& work) {
+// Work that waits from outside goes on by itself, as on a device: a thread tries it again and again.
+static void go_on_alone(const WorkRef& waiting) {
+    static auto* all = new std::vector<WorkRef>;
+    static bool started = false;
+    if (!std::ranges::count(*all, waiting)) all->push_back(waiting);
+    if (started) return;
+    started = true;
+    std::thread([] {
+        for (;; std::this_thread::sleep_for(std::chrono::microseconds(200))) {
+            std::lock_guard lock(big_lock());
+            for (const WorkRef& work : std::vector<WorkRef>(*all)) advance(work);
+            size_t before = all->size();
+            std::erase_if(*all, [](const WorkRef& work) { return work->done; });
+            if (settings().lazy || all->size() == before) continue;
+            // What came after it.
+            for (Device* device : devices())
+                for (Stream* stream : device->streams) advance(stream->last);
+        }
+    }).detach();
+}
+
+static bool execute(const WorkRef& ref) {
+    Work& work = *ref;
     if (work.body && !work.device->sticky) {
         Device* before = current;
         current = work.device;
@@ -16,16 +38,21 @@ static void execute(Work& work) {
         } catch (const Fault& fault) {
             std::fprintf(stderr, "emulated CUDA: %s\n", fault.what.c_str());
             work.device->sticky = fault.code;
+        } catch (const Later&) {
+            current = before;
+            go_on_alone(ref);
+            return false;
         }
         current = before;
     }
     work.body = nullptr;
     work.done = true;
     work.when = std::chrono::steady_clock::now();
+    return true;
 }
 
-void finish(const WorkRef& target) {
-    if (!target || target->done) return;
+bool advance(const WorkRef& target) {
+    if (!target || target->done) return true;
     static uint64_t random = emulator::options.seed;
     std::vector<WorkRef> path{target};
     while (!path.empty()) {
@@ -33,7 +60,7 @@ void finish(const WorkRef& target) {
         std::erase_if(work->after, [](const WorkRef& before) { return before->done; });
         if (work->after.empty()) {
             path.pop_back();
-            if (!work->done) execute(*work);
+            if (!work->done && !execute(work)) return false;
             continue;
         }
         size_t chosen = work->after.size() - 1;
@@ -43,6 +70,11 @@ void finish(const WorkRef& target) {
         }
         path.push_back(work->after[chosen]);
     }
+    return true;
+}
+
+void finish(const WorkRef& target) {
+    while (!advance(target)) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
 void finish_device(Device* device) {
@@ -78,7 +110,7 @@ static WorkRef append(Stream* stream, std::shared_ptr<const Body> body, std::vec
     for (WorkRef& work : predecessors(stream)) after.insert(after.begin(), work);
     std::erase_if(after, [](const WorkRef& work) { return !work || work->done; });
     stream->last = std::make_shared<Work>(Work{stream->device, std::move(body), std::move(after), false, {}});
-    if (!settings().lazy) finish(stream->last);
+    if (!settings().lazy) advance(stream->last);
     return stream->last;
 }
 
@@ -125,7 +157,7 @@ int launch_graph(GraphExec& exec, Stream* stream) {
         for (size_t before : node.after) after.push_back(works[before]);
         if (after.empty()) after.push_back(entry);
         works.push_back(std::make_shared<Work>(Work{stream->device, node.body, std::move(after), false, {}}));
-        if (!settings().lazy) finish(works.back());
+        if (!settings().lazy) advance(works.back());
     }
     exec.last = enqueue_join(stream, std::move(works));
     return SUCCESS;
@@ -178,8 +210,7 @@ EXPORT int cuStreamSynchronize(void* handle) {
 static int question(const WorkRef& work, unsigned& asked) {
     if (!work || work->done) return SUCCESS;
     if (asked++ % 2 == 0) return NOT_READY;
-    finish(work);
-    return work->device->sticky;
+    return advance(work) ? work->device->sticky : NOT_READY;
 }
 EXPORT int cuStreamQuery(void* handle) {
     ENTER(UNCAPTURED);
@@ -273,6 +304,16 @@ EXPORT int emulated_enqueue(void* stream, const char* name, void (*run)(const vo
     return enqueue(stream_of(stream), [=] {
         char failed[256] = "";
         run(copy.data(), failed);
+        if (*failed) throw Fault{ILLEGAL_ADDRESS, failed};
+    });
+}
+// The same of work that asks for another try by returning nonzero: it waits for another process.
+EXPORT int emulated_enqueue_waiting(void* stream, const char* name, int (*run)(void*, char*), void* data) {
+    Call call(name, CONTEXT);
+    if (call.error) return call.error;
+    return enqueue(stream_of(stream), [=] {
+        char failed[256] = "";
+        if (run(data, failed)) throw Later{};
         if (*failed) throw Fault{ILLEGAL_ADDRESS, failed};
     });
 }

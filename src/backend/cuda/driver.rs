@@ -163,6 +163,17 @@ pub fn properties(ordinal: u32) -> Result<Properties> {
     })
 }
 
+/// What tells a GPU (or a part of one that is used as one) from all others, on any host.
+pub fn uuid(ordinal: u32) -> Result<[u8; 16]> {
+    let mut device = 0;
+    // SAFETY: a plain out-parameter; the driver refuses an ordinal that is none.
+    cuda!(cuDeviceGet(&mut device, ordinal as c_int))?;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: a plain out-parameter, and a device that exists.
+    cuda!(cuDeviceGetUuid_v2(&mut uuid, device))?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
+}
+
 thread_local! {
     /// The context that this thread uses, as an address.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
@@ -239,13 +250,6 @@ impl Queue {
         cuda!(cuStreamCreate(&mut raw, flags))?;
         Ok(Self { raw, context: context.clone() })
     }
-
-    /// Waits until everything enqueued has run; reports faults.
-    pub(super) fn synchronize(&self) -> Result<()> {
-        self.context.bind()?;
-        // SAFETY: a live stream.
-        cuda!(cuStreamSynchronize(self.raw))
-    }
 }
 
 impl Drop for Queue {
@@ -295,6 +299,16 @@ impl Event {
         queue.context.bind()?;
         // SAFETY: a live event and a live stream.
         cuda!(cuStreamWaitEvent(queue.raw, self.raw, 0))
+    }
+
+    /// Whether this point has passed.
+    pub(super) fn passed(&self, context: &Context) -> Result<bool> {
+        context.bind()?;
+        // SAFETY: a live event.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => check(status, "cuEventQuery").map(|()| true),
+        }
     }
 
     /// Blocks the host until this point has passed.

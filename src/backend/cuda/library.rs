@@ -4,6 +4,7 @@
 #![allow(unsafe_code, reason = "opens shared libraries")]
 
 use crate::{Error, Result};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::{
     env,
     path::{Path, PathBuf},
@@ -44,6 +45,14 @@ pub const NVRTC: Wanted = Wanted {
     fix: "install CUDA's libraries (`pip install nvidia-cuda-nvrtc`, or the toolkit), or set CUDA_HOME",
 };
 
+/// Sums over GPUs.
+pub const NCCL: Wanted = Wanted {
+    name: "nccl",
+    files: &["libnccl.so.2", "libnccl.so"],
+    beside: None,
+    fix: "install NCCL (`pip install nvidia-nccl-cu13`, PyTorch, or your system's libnccl2), or train with one process",
+};
+
 /// Where a library was found: by name on the system's search path, or in this folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -81,6 +90,17 @@ pub fn require(wanted: Wanted) -> Result<Found> {
     Err(Error::Device(format!("{names} cannot be loaded: {}", wanted.fix)))
 }
 
+/// Opens a library for the rest of the process, to look up its functions.
+pub(super) fn load(wanted: Wanted) -> Result<Library> {
+    let name = match require(wanted)? {
+        Found::Name(name) => PathBuf::from(name),
+        Found::Path(path) => path,
+    };
+    // SAFETY: opened already, so nothing runs; `require` keeps it open.
+    unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) }
+        .map_err(|e| Error::Device(format!("{} cannot be loaded: {e}", name.display())))
+}
+
 /// Opens what a library will look for by name, and would not find where it was itself found by its path.
 fn open_beside(folder: &Path, wanted: Wanted) -> bool {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -91,7 +111,6 @@ fn open_beside(folder: &Path, wanted: Wanted) -> bool {
 
 /// Opens a library for the rest of the process. False where there is none, or one that does not load.
 fn open(path: &Path) -> bool {
-    use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
     // Local, since these libraries carry C++ libraries of their own that must not take each other's functions.
     // SAFETY: NVIDIA's libraries (or their stand-ins in the tests) run no code of ours when they are loaded, and are
     // never unloaded.

@@ -4,6 +4,7 @@
 //! library → driver → module (images, or nvrtc) → launch        ops/*/cuda.rs: kernels! { … }
 //!                  → gemm (cuBLASLt)                            ops/linear, head, muon
 //!                  → graph (capture and replay)                 trainer::micro_step, update
+//!                  → nccl (sums over ranks)                     comm::Comm
 //! ```
 //!
 //! Calls enqueue work and return nothing: what fails is kept, and told by the next [`Backend::synchronize`], as a
@@ -18,6 +19,7 @@ mod graph;
 pub(crate) mod launch;
 pub mod library;
 pub mod module;
+pub mod nccl;
 pub mod nvrtc;
 mod tuning;
 
@@ -29,15 +31,19 @@ pub(crate) use {
 };
 
 use super::{ALIGNMENT, Address, Backend, HostBuffer, Mut, Ref, Staging, Stream, Tensor, aligned};
-use crate::{DType, Error, Result};
+use crate::{
+    DType, Error, Result,
+    comm::{Comm, tcp::Tree},
+};
 use driver::{Context, EventPool, Queue, cuda};
 use gemm::Products;
 use module::Modules;
+use nccl::{Group, Nccl};
 use std::{
     ops::Range,
     ptr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -60,6 +66,7 @@ pub struct Cuda {
     options: Options,
     properties: Properties,
     // Dropped in this order: what lives in the context before it.
+    group: OnceLock<Group>,
     products: Mutex<Products>,
     modules: Modules,
     workspace: Mutex<Vec<Tensor<Self>>>,
@@ -96,6 +103,7 @@ impl Cuda {
         let allocated = Arc::default();
         let queues = [Queue::new(&context)?, Queue::new(&context)?, Queue::new(&context)?];
         Ok(Self {
+            group: OnceLock::new(),
             products: Mutex::new(Products::new(options.autotune.then_some(properties.name.as_str()))?),
             modules,
             workspace: Mutex::default(),
@@ -292,7 +300,7 @@ impl Cuda {
         for (i, part) in bytes.chunks(BOUNCE).enumerate() {
             let (buffer, busy) = &mut buffers[i % 2];
             if let Some(event) = busy.take() {
-                event.synchronize(&self.context)?;
+                self.synchronize(&event)?;
             }
             buffer.bytes_mut()[..part.len()].copy_from_slice(part);
             let to = target.offset(i * BOUNCE).0;
@@ -345,7 +353,8 @@ impl Backend for Cuda {
         let queue = self.queue(Stream::Compute);
         // SAFETY: the allocation has as many bytes.
         cuda!(cuMemsetD8Async(memory.address.0, 0, memory.bytes, queue.raw))?;
-        queue.synchronize()?;
+        // What the queue holds already may wait for other ranks.
+        self.synchronize(&Event::record(&self.events, queue)?)?;
         Ok(memory)
     }
 
@@ -435,7 +444,14 @@ impl Backend for Cuda {
 
     fn synchronize(&self, event: &Event) -> Result<()> {
         self.fault()?;
-        event.synchronize(&self.context)
+        match self.group.get() {
+            // What other ranks have a part in may never come.
+            Some(group) => {
+                self.note(group.wait(event));
+                self.fault()
+            }
+            None => event.synchronize(&self.context),
+        }
     }
 
     fn tuning(&self) -> Option<String> {
@@ -450,5 +466,9 @@ impl Backend for Cuda {
     fn captured(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.fault()?;
         self.replay(graph, work)
+    }
+
+    fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        Ok(Box::new(Nccl::new(self, tree)?))
     }
 }

@@ -230,6 +230,11 @@ impl Links {
         Err(awaited.lost(&why))
     }
 
+    /// Looks whether all neighbours are there, and takes what they have to say of an end.
+    pub fn look(&self) -> Result<(), Fault> {
+        self.all().try_for_each(|link| self.glance(link))
+    }
+
     /// Reads what a neighbour has sent as far as it is a sign of life; an end, or its cause, is an error.
     fn glance(&self, link: &Link) -> Result<(), Fault> {
         loop {

@@ -25,8 +25,8 @@ use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
-        Mutex, PoisonError,
-        mpsc::{self, Receiver, Sender, SyncSender},
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender},
     },
     thread,
     time::{Duration, Instant},
@@ -105,6 +105,11 @@ impl Tree {
         // Nobody asks the store any more when the rank that runs it goes on.
         tree.exchange(&[])?;
         Ok(tree)
+    }
+
+    /// Longest silence of a rank that is waited for.
+    pub fn timeout(&self) -> Duration {
+        self.links.timeout
     }
 
     /// Every rank's bytes, by rank.
@@ -280,9 +285,13 @@ pub struct Tcp<B: Backend> {
     world: usize,
     jobs: Sender<Job<B>>,
     leaving: Leaving,
+    lost: Lost,
     /// Memory of earlier sums, for those of the same size.
     spare: Mutex<Vec<B::Host>>,
 }
+
+/// The cause of a fault, once there is one: seen while nothing is asked of the communicating thread.
+type Lost = Arc<Mutex<Option<String>>>;
 
 /// What the communicating thread does.
 enum Job<B: Backend> {
@@ -291,6 +300,8 @@ enum Job<B: Backend> {
     Leave(String, SyncSender<()>),
 }
 
+/// How often a rank that asks nothing of its neighbours looks whether they are there.
+const IDLE: Duration = Duration::from_millis(250);
 /// Time for the last words of a rank that leaves.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -300,8 +311,18 @@ impl<B: Backend> Tcp<B> {
         let (jobs, work) = mpsc::channel();
         let (rank, world, leaving) = (tree.rank, tree.world, tree.links.leaving.clone());
         let refused = |e| Error::Device(format!("a thread for communication was refused ({e})"));
-        thread::Builder::new().name("communication".into()).spawn(move || serve(&tree, &work)).map_err(refused)?;
-        Ok(Self { rank, world, jobs, leaving, spare: Mutex::default() })
+        let lost = Lost::default();
+        let noted = lost.clone();
+        thread::Builder::new()
+            .name("communication".into())
+            .spawn(move || serve(&tree, &work, &noted))
+            .map_err(refused)?;
+        Ok(Self { rank, world, jobs, leaving, lost, spare: Mutex::default() })
+    }
+
+    /// Why the ranks cannot go on, as far as it is known: for those who wait for a device meanwhile.
+    pub fn lost(&self) -> Option<String> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn ask<T>(&self, job: impl FnOnce(SyncSender<T>) -> Job<B>) -> Receiver<T> {
@@ -312,8 +333,8 @@ impl<B: Backend> Tcp<B> {
     }
 }
 
-/// Does jobs in their order; after a fault all fail for its cause.
-fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>) {
+/// Does jobs in their order, and between them looks whether neighbours are there; after a fault all fail for its cause.
+fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>, lost: &Lost) {
     let mut fault: Option<Fault> = None;
     let mut piece = vec![0; PIECE];
     let mut attempt = |work: &mut dyn FnMut(&mut [u8]) -> Result<(), Fault>| -> Result<()> {
@@ -321,12 +342,22 @@ fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>) {
             && let Err(found) = work(&mut piece)
         {
             tree.links.tell(&found);
+            *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(found.cause.clone());
             fault = Some(found);
         }
         fault.as_ref().map_or(Ok(()), |fault| Err(Error::Fault(fault.cause.clone())))
     };
     // An answer that nobody waits for any more is no matter.
-    for job in jobs {
+    loop {
+        let job = match jobs.recv_timeout(IDLE) {
+            Ok(job) => job,
+            Err(RecvTimeoutError::Timeout) => {
+                // Told by the next job, or by `Tcp::lost`.
+                let _ = attempt(&mut |_| tree.links.look());
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         match job {
             Job::Sum(mut values, answer) => {
                 let done = attempt(&mut |piece| tree.sum(values.bytes_mut(), piece));

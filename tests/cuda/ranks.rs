@@ -1,0 +1,123 @@
+//! Ranks on emulated GPUs, whose sums go over a stand-in for NCCL between the processes.
+
+use super::{
+    Place, Said,
+    command::ranks::{end, losses, start_ranks, wait_for_a_step},
+};
+use std::{
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+/// A run in f32 on GPUs, with as many micro-batches as the most ranks here.
+fn train(run: &str, more: &str) -> String {
+    format!(
+        "train -c run.toml --set run={run} --set device=cuda --set precision=f32 --set batch.micro_batches=4 \
+         --set validation.every=2 --set checkpoint.keep_last=0 --set comm.timeout=60 {more}"
+    )
+}
+
+/// Starts ranks on a machine with this many GPUs.
+fn start(place: &Place, line: &str, world: usize, gpus: usize, options: &[(&str, &str)]) -> Vec<Child> {
+    start_ranks(world, |_| {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tools/with-emulated-gpus"));
+        command.arg(gpus.to_string()).arg(env!("CARGO_BIN_EXE_mupscale")).args(line.split_whitespace());
+        command.current_dir(place.path()).envs(options.iter().copied());
+        command
+    })
+}
+
+fn ok(place: &Place, line: &str, world: usize, options: &[(&str, &str)]) {
+    for (rank, said) in start(place, line, world, world, options).into_iter().map(end).enumerate() {
+        assert_eq!(said.code, 0, "rank {rank} of {world}: {}", said.err);
+    }
+}
+
+/// Both curves, step for step, as close as f32 sums in another order are.
+fn assert_close(one: &[f64], many: &[f64]) {
+    assert!(!one.is_empty() && one.len() == many.len(), "{one:?} {many:?}");
+    for (a, b) in one.iter().zip(many) {
+        assert!((a - b).abs() <= 1e-5 * a.abs(), "{one:?} {many:?}");
+    }
+}
+
+#[test]
+fn ranks_train_as_one_gpu_does() {
+    let place = Place::new();
+    ok(&place, &train("one", ""), 1, &[]);
+    let one = losses(&place, "one");
+    for world in [2, 4] {
+        let run = format!("w{world}");
+        ok(&place, &train(&run, ""), world, &[]);
+        assert_close(&one, &losses(&place, &run));
+    }
+    // Devices that work only when somebody waits for them: a missing event would show.
+    ok(&place, &train("lazy", ""), 2, &[("MUPSCALE_EMULATED_STREAMS", "lazy"), ("MUPSCALE_EMULATED_SEED", "3")]);
+    assert_eq!(losses(&place, "lazy"), losses(&place, "w2"));
+}
+
+#[test]
+fn a_run_is_resumed_with_any_number_of_gpus() {
+    let place = Place::new();
+    let longer = "--set steps=6";
+    ok(&place, &train("one", longer), 1, &[]);
+    ok(&place, &train("many", longer), 4, &[]);
+    for (world, step) in [(2, 4), (3, 2)] {
+        for later in step + 1..=6 {
+            let _ = std::fs::remove_dir_all(place.join(&format!("many/checkpoints/step-{later:08}")));
+        }
+        ok(&place, "resume many", world, &[]);
+        assert_close(&losses(&place, "one"), &losses(&place, "many"));
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_all_others_which_name_it() {
+    for killed in [0, 1] {
+        let place = Place::new();
+        let line = train("r", "--set steps=1000000 --set checkpoint.every=0 --set validation.every=0");
+        let mut ranks = start(&place, &line, 2 + killed, 2 + killed, &[]);
+        wait_for_a_step(&place, "r");
+        ranks[killed].kill().unwrap();
+        let start = Instant::now();
+        for (rank, child) in ranks.into_iter().enumerate().filter(|(rank, _)| *rank != killed) {
+            let said = end(child);
+            assert_eq!(said.code, 3, "rank {rank}: {}", said.err);
+            assert!(said.err.contains(&format!("rank {killed} is lost")), "rank {rank}: {}", said.err);
+        }
+        // Long before the timeout.
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+    }
+}
+
+/// A rank that stops (as a GPU that hangs stops it) is waited for no longer than it was said.
+#[test]
+fn a_rank_that_hangs_is_not_waited_for_for_ever() {
+    let place = Place::new();
+    let line = train("r", "--set steps=1000000 --set checkpoint.every=0").replace("timeout=60", "timeout=2");
+    let mut ranks = start(&place, &line, 2, 2, &[]);
+    wait_for_a_step(&place, "r");
+    let pid = ranks[1].id().to_string();
+    assert!(Command::new("kill").args(["-s", "STOP", &pid]).status().unwrap().success());
+    let said = end(ranks.remove(0));
+    ranks[0].kill().unwrap();
+    ranks[0].wait().unwrap();
+    assert_eq!(said.code, 3, "{}", said.err);
+    assert!(said.err.contains("hangs") && said.err.contains("comm.timeout"), "{}", said.err);
+}
+
+/// Ranks that must be refused, with one message.
+fn refused(place: &Place, world: usize, gpus: usize, options: &[(&str, &str)], part: &str) {
+    let said: Vec<Said> = start(place, &train("r", ""), world, gpus, options).into_iter().map(end).collect();
+    assert!(said.iter().all(|said| said.code == 2), "{:?}", said.iter().map(|s| (s.code, &s.err)).collect::<Vec<_>>());
+    let spoken: Vec<_> = said.iter().filter(|said| !said.err.is_empty()).map(|said| &said.err).collect();
+    assert!(spoken.len() == 1 && spoken[0].contains(part), "one message with `{part}`: {spoken:?}");
+    assert!(!place.join("r").exists(), "nothing was begun");
+}
+
+#[test]
+fn ranks_without_a_gpu_of_their_own_are_refused() {
+    let place = Place::new();
+    refused(&place, 3, 2, &[], "ranks on a host = 3: more than the 2 GPUs");
+    refused(&place, 2, 1, &[], "ranks 0 and 1 have the same GPU");
+}
