@@ -9,7 +9,7 @@
 use super::{Cuda, Memory, library, tuning::Tuning};
 use crate::{
     DType, Error, Result,
-    backend::{Mut, Ref, Stream},
+    backend::{Backend, Mut, Ref, Stream},
 };
 use cudarc::cublaslt::{
     result::CublasError,
@@ -293,10 +293,10 @@ impl Cuda {
     /// Seconds of some work, once it is warm.
     fn seconds(&self, work: impl Fn() -> Result<()>) -> Result<f64> {
         work()?;
-        self.queue(Stream::Compute).synchronize()?;
+        self.synchronize(&self.record(Stream::Compute))?;
         let start = Instant::now();
         (0..CALLS).try_for_each(|_| work())?;
-        self.queue(Stream::Compute).synchronize()?;
+        self.synchronize(&self.record(Stream::Compute))?;
         Ok(start.elapsed().as_secs_f64())
     }
 
