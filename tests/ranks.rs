@@ -156,6 +156,8 @@ fn ranks_that_differ_are_refused_with_one_message() {
     refused([&place, &elsewhere, &place], [&good; 3], &["rank 1 has another fingerprint of the data than rank 0"]);
     let few = train("r", "--set batch.micro_batches=2");
     refused(here, [&few; 3], &["batch.micro_batches = 2", "3 ranks"]);
+    let measuring = train("r", "--set autotune=true");
+    refused(here, [&measuring; 3], &["autotune", "one process"]);
     let broken = train("r", "--set data.path=nowhere");
     refused(here, [&good, &broken, &good], &["nowhere"]);
     let used = train("base", "");

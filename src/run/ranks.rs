@@ -10,6 +10,16 @@ use crate::{
 };
 use std::time::Duration;
 
+/// Algorithms that each rank measures for itself may differ, and so would the ranks' copies of the weights.
+fn no_measuring(config: &Config) -> Result<()> {
+    match config.autotune {
+        true => {
+            Err(Error::config("autotune", true, "is for one process: each rank would choose for itself; leave it out"))
+        }
+        false => Ok(()),
+    }
+}
+
 /// This process among the ranks of its run.
 pub struct Ranks {
     /// How it was started.
@@ -27,6 +37,7 @@ impl Ranks {
         }
         let mut prepared = prepare().and_then(|prepared| {
             enough_micro_batches(&prepared.config, world.world)?;
+            no_measuring(&prepared.config)?;
             let place = Place::of_rank(&prepared.config, &world)?;
             Ok((prepared, place))
         });
