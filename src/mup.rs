@@ -4,6 +4,10 @@
 //! are those of arXiv 2203.03466 (μP) and arXiv 2602.10545 (widening); Lion, Muon and the clipping weight go beyond
 //! both and are proved by the tests in `tests/widening.rs`.
 
+mod rules;
+
+pub use rules::{AttentionRule, DecayRule, DepthRule, EmbeddingRule, EpsRule, Rules};
+
 use crate::{
     dims::{Axis, Dims},
     model::param::{Kind, Row},

@@ -47,7 +47,8 @@ impl OptimizerConfig {
     fn row_settings(&self, row: &Row, table: &Table, scaling: &Scaling) -> RowSettings {
         let ratios = ratios(row, table, scaling);
         let rule = self.rule(row);
-        let factors = ratios.factors(rule);
+        let exact = ratios.factors(rule);
+        let factors = scaling.rules.apply(exact, row.kind, ratios.k_in, ratios.k_out);
         let muon = rule == Rule::Muon;
         let decay = if row.is_matrix() { self.weight_decay * factors.decay } else { 0.0 };
         let clip = match self.clip_norm {
@@ -59,7 +60,7 @@ impl OptimizerConfig {
         RowSettings {
             lr: factors.lr * shape,
             decay: decay / shape,
-            eps: eps * factors.eps,
+            eps: eps * factors.eps * depth_factor(row, table, scaling),
             clip,
             muon: u64::from(muon),
         }
@@ -81,6 +82,13 @@ impl OptimizerConfig {
 /// Ratios of a row of this model to the same row of its base.
 pub fn ratios(row: &Row, table: &Table, scaling: &Scaling) -> Ratios {
     Ratios::new(row, &table.dims, scaling.reference(&table.dims), scaling.scaled_readout())
+}
+
+/// Factor on a row's epsilon from the number of blocks: gradients of a block fall with what it adds.
+fn depth_factor(row: &Row, table: &Table, scaling: &Scaling) -> f64 {
+    // Groups are the embeddings, the blocks, and the end.
+    let blocks = 1..table.groups().saturating_sub(1);
+    if blocks.contains(&row.group) { scaling.rules.depth_factor(blocks.len()) } else { 1.0 }
 }
 
 /// Deviation of a row's initial values, μP's ratio included; 0 for gains and biases.

@@ -16,7 +16,7 @@ use crate::{
         param::{Init, Kind, Row, Table},
         spec::{Scaling, Spec},
     },
-    mup::{Parametrization, Ratios},
+    mup::Ratios,
     ops::{
         Ops,
         expand::{Noise, Source},
@@ -117,9 +117,10 @@ impl Growth {
     /// Checks a widening of a model. Errors name the width.
     pub fn new(meaning: &Meaning, config: &UpscaleConfig) -> Result<Self> {
         let times = config.multiplicities(meaning.spec.dims())?;
-        if meaning.scaling.kind == Parametrization::Standard && times.get(Width::HeadDim) > 1 {
-            let why = "in standard parametrisation attention is scaled by 1/√head_dim, so a wider head changes the \
-                       function; grow kv_heads or group instead, or train the base with parametrization.kind = \"mup\"";
+        if meaning.scaling.fixes_head_dim() && times.get(Width::HeadDim) > 1 {
+            let why = "attention is scaled by 1/√head_dim (standard parametrisation, or rules.attention = \
+                       \"inverse-sqrt\"), so a wider head changes the function; grow kv_heads or group instead, or \
+                       train the base with parametrization.kind = \"mup\"";
             return Err(Error::config("head_dim", times.get(Width::HeadDim), why));
         }
         Ok(Self { times, config: config.clone() })

@@ -119,7 +119,7 @@ impl Fixture {
             DataShape::Tokens { vocab: self.size("vocab") }
         };
         let spec = resolve_model(config.model.as_ref().unwrap(), shape).unwrap();
-        let scaling = Scaling { kind: Parametrization::Mup, base: spec.dims().clone() };
+        let scaling = Scaling::new(Parametrization::Mup, spec.dims());
         Meaning { spec, scaling, optimizer: config.optimizer.clone(), tokenizer: None }
     }
 

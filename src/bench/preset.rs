@@ -126,7 +126,7 @@ pub(super) fn meaning(text: &str, vocab: usize, kind: Parametrization) -> Result
     let config = ConfigText::parse(text, &[], Path::new("bench"))?.resolve()?;
     let model = config.model.as_ref().expect("the text has a model");
     let spec = resolve_model(model, DataShape::Tokens { vocab })?;
-    let scaling = Scaling { kind, base: spec.dims().clone() };
+    let scaling = Scaling::new(kind, spec.dims());
     let meaning = Meaning { spec, scaling, optimizer: config.optimizer.clone(), tokenizer: None };
     Ok((config, meaning))
 }

@@ -114,6 +114,8 @@ fn print(report: &Report) -> Result<()> {
     let Meaning { spec, scaling, optimizer, tokenizer } = &report.meaning;
     say!("{}: {} parameters; {}", spec.arch(), human::count(report.parameters as f64), spec.dims())?;
     say!("{:?} parametrisation, base {}", scaling.kind, scaling.base)?;
+    let exact = if scaling.rules.exact() { "" } else { " (a widened model does not train as the narrow one would)" };
+    say!("rules: {}{exact}", scaling.rules)?;
     say!("optimizer {:?}, lr {}, weight decay {}", optimizer.kind, optimizer.lr, optimizer.weight_decay)?;
     if let Some(tokenizer) = tokenizer {
         say!("tokenizer {tokenizer}")?;

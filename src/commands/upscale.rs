@@ -4,7 +4,7 @@ use super::print_json;
 use crate::{
     DType, Error, Result,
     checkpoint::{CONFIG, STATE, Writer},
-    config::{Device, Moments, NoiseKind, Precision, UpscaleConfig},
+    config::{Device, HeadGrowth, Moments, NoiseKind, Precision, UpscaleConfig},
     data::dataset::TOKENIZER_FILE,
     model::{self, plan::Plan},
     ops::Ops,
@@ -21,6 +21,9 @@ pub struct GrowthArgs {
     /// Multiply residual, ffn and kv_heads (an mlp's hidden layers), keeping group and head_dim
     #[arg(long, value_name = "K")]
     width: Option<usize>,
+    /// What --width makes of heads: more of them, or larger ones (head_dim instead of kv_heads)
+    #[arg(long)]
+    heads: Option<HeadGrowth>,
     /// Multiply the residual stream's width
     #[arg(long, value_name = "K")]
     residual: Option<usize>,
@@ -54,6 +57,7 @@ impl From<GrowthArgs> for UpscaleConfig {
     fn from(a: GrowthArgs) -> Self {
         Self {
             width: a.width,
+            heads: a.heads,
             residual: a.residual,
             ffn: a.ffn,
             kv_heads: a.kv_heads,

@@ -57,6 +57,9 @@ pub struct UpscaleConfig {
     /// Residual, ffn and kv_heads (or all hidden layers) times this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
+    /// What `width` makes of heads: more of them, or larger ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<HeadGrowth>,
     /// Times residual.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<usize>,
@@ -83,6 +86,17 @@ pub struct UpscaleConfig {
     pub seed: u64,
 }
 
+/// What widening a whole model does to its heads. Both are exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadGrowth {
+    /// More heads of the same size.
+    #[default]
+    Count,
+    /// As many heads, each larger (as the μpscaling code's GPT-2; the factor on scores then falls as 1/size).
+    Size,
+}
+
 impl UpscaleConfig {
     /// Multiplicity of each width of a model of this shape.
     pub fn multiplicities(&self, dims: &Dims) -> Result<Dims> {
@@ -91,7 +105,11 @@ impl UpscaleConfig {
             if k == 0 {
                 return Err(Error::config("width", k, "a multiplicity must be 1 or more"));
             }
-            let widened = |w: Width| !matches!(w, Width::Group | Width::HeadDim);
+            let kept = match self.heads.unwrap_or_default() {
+                HeadGrowth::Count => Width::HeadDim,
+                HeadGrowth::Size => Width::KvHeads,
+            };
+            let widened = |w: Width| w != Width::Group && w != kept;
             dims.iter().filter(|&(w, _)| widened(w)).for_each(|(w, _)| times.set(w, k));
         }
         let unequal = [

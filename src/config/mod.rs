@@ -10,12 +10,12 @@ mod read;
 #[cfg(test)]
 mod tests;
 
-pub use init::{InitConfig, Moments, NoiseKind, UpscaleConfig};
+pub use init::{HeadGrowth, InitConfig, Moments, NoiseKind, UpscaleConfig};
 pub use model::{Arch, DataShape, ModelConfig, resolve_model};
 pub use optimizer::{ClipNorm, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShapeFactor};
 pub use read::{ConfigText, set_value};
 
-use crate::{dims::Dims, model::decoder::Recompute, mup::Parametrization};
+use crate::{dims::Dims, model::decoder::Recompute, mup::{Parametrization, Rules}};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -136,6 +136,9 @@ pub struct ParametrizationConfig {
     /// Widths of the base shape; those left out are the model's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<Dims>,
+    /// Disputed rules, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Rules>,
 }
 
 /// `[data]`.

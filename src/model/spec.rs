@@ -3,7 +3,7 @@
 use crate::{
     Error, Result,
     dims::{Dims, MAX_LAYERS, MAX_SIZE, Width},
-    mup::Parametrization,
+    mup::{AttentionRule, Parametrization, Rules},
     ops::{activation::Activation, norm::NormKind},
 };
 use serde::{Deserialize, Serialize};
@@ -328,9 +328,21 @@ pub struct Scaling {
     pub kind: Parametrization,
     /// The base shape: the one at which learning rate and initial values mean what the config says.
     pub base: Dims,
+    /// Disputed rules, by name.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rules: Rules,
+}
+
+fn is_default(rules: &Rules) -> bool {
+    *rules == Rules::default()
 }
 
 impl Scaling {
+    /// A base shape, with the default rules.
+    pub fn new(kind: Parametrization, base: &Dims) -> Self {
+        Self { kind, base: base.clone(), rules: Rules::default() }
+    }
+
     /// The shape to which ratios are taken for a model of this shape: the base, or, in standard parametrisation, the
     /// shape itself.
     pub fn reference<'a>(&'a self, dims: &'a Dims) -> &'a Dims {
@@ -359,10 +371,18 @@ impl Scaling {
         self.kind == Parametrization::Mup
     }
 
-    /// √e_base / e, the factor on attention scores: 1/√e at the base shape.
+    /// The factor on attention scores: 1/√e at the base shape, by default √e_base / e at others.
     pub fn attention(&self, dims: &Dims) -> f64 {
         let e = dims.get(Width::HeadDim) as f64;
-        (self.reference(dims).get(Width::HeadDim) as f64).sqrt() / e
+        match self.rules.attention {
+            AttentionRule::Inverse => (self.reference(dims).get(Width::HeadDim) as f64).sqrt() / e,
+            AttentionRule::InverseSqrt => e.sqrt().recip(),
+        }
+    }
+
+    /// Whether a head of another size changes what attention computes.
+    pub fn fixes_head_dim(&self) -> bool {
+        self.kind == Parametrization::Standard || self.rules.attention == AttentionRule::InverseSqrt
     }
 }
 

@@ -246,7 +246,7 @@ mod tests {
     fn flops(text: &str) -> f64 {
         let config: crate::config::ModelConfig = toml::from_str(text).unwrap();
         let spec = resolve_model(&config, DataShape::Tokens { vocab: 100 }).unwrap();
-        let scaling = crate::model::spec::Scaling { kind: Parametrization::Mup, base: spec.dims().clone() };
+        let scaling = crate::model::spec::Scaling::new(Parametrization::Mup, spec.dims());
         training_flops_per_token(&spec, &model::table(&spec, &scaling))
     }
 

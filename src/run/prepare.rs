@@ -4,7 +4,7 @@ use super::{CONFIG_FILE, checkpoint_path};
 use crate::{
     Error, Result,
     checkpoint::Store,
-    config::{self, Config, ConfigText, DataConfig, DataShape, Moments, Order, resolve_model},
+    config::{self, Config, ConfigText, DataConfig, DataShape, ModelConfig, Moments, Order, resolve_model},
     data::{
         Dataset, RowData,
         dataset::{BatchRules, DATASET_FILE, DatasetOptions, TOKENIZER_FILE},
@@ -17,7 +17,7 @@ use crate::{
         MicroBatch,
         spec::{Scaling, Spec},
     },
-    mup::Parametrization,
+    mup::{DepthRule, Parametrization, Rules},
     state::{Meaning, Position},
     trainer::micro_batch,
     upscale::{self, Growth, Origin},
@@ -265,11 +265,28 @@ fn new_meaning(config: &Config, data: &Data) -> Result<Meaning> {
     let model = model.ok_or_else(|| {
         Error::config("model", "(absent)", "is needed: a [model] section, or [init] from = CHECKPOINT")
     })?;
-    let spec = resolve_model(model, data.shape())?;
     let parametrization = config.parametrization.clone().unwrap_or_default();
+    let rules = parametrization.rules.unwrap_or_default();
+    let spec = spec_under(rules, model, data)?;
     let base = base_shape(spec.dims(), parametrization.base.as_ref())?;
-    let scaling = Scaling { kind: parametrization.kind, base };
+    let scaling = Scaling { kind: parametrization.kind, base, rules };
     Ok(Meaning { spec, scaling, optimizer: config.optimizer.clone(), tokenizer: data.tokenizer_name() })
+}
+
+/// The model of a configuration, with the factor that its depth brings.
+fn spec_under(rules: Rules, model: &ModelConfig, data: &Data) -> Result<Spec> {
+    let mut spec = resolve_model(model, data.shape())?;
+    match &mut spec {
+        Spec::Decoder(d) => d.alphas.residual *= rules.depth_factor(d.layers),
+        Spec::Mlp(_) if rules.depth != DepthRule::None => {
+            let why = "is a rule for residual blocks, and an mlp has none: leave it out";
+            return Err(Error::config("parametrization.rules.depth", "completep", why));
+        }
+        Spec::Mlp(_) => {}
+    }
+    // Zero blocks in the base, or a factor that is no number.
+    spec.check()?;
+    Ok(spec)
 }
 
 /// The base shape: widths that were given, the model's own for the rest.
@@ -288,7 +305,7 @@ fn base_shape(dims: &Dims, given: Option<&Dims>) -> Result<Dims> {
 /// What the configuration says beside `init.from` must be what the checkpoint says.
 fn agrees(config: &Config, meaning: &Meaning, data: &Data) -> Result<()> {
     if let Some(model) = &config.model {
-        let asked = resolve_model(model, data.shape())?;
+        let asked = spec_under(meaning.scaling.rules, model, data)?;
         if asked != meaning.spec {
             let why = format!(
                 "describes another model than init.from gives ({}; the checkpoint gives {}): leave [model] out",
@@ -303,11 +320,12 @@ fn agrees(config: &Config, meaning: &Meaning, data: &Data) -> Result<()> {
         let same = asked.kind == meaning.scaling.kind
             && (asked.base.is_none()
                 || base.is_ok_and(|b| b == meaning.scaling.base)
-                || asked.kind == Parametrization::Standard);
+                || asked.kind == Parametrization::Standard)
+            && asked.rules.is_none_or(|rules| rules == meaning.scaling.rules);
         if !same {
             let why = format!(
-                "the checkpoint knows its own ({:?}, base {}): leave [parametrization] out",
-                meaning.scaling.kind, meaning.scaling.base
+                "the checkpoint knows its own ({:?}, base {}; {}): leave [parametrization] out",
+                meaning.scaling.kind, meaning.scaling.base, meaning.scaling.rules
             );
             return Err(Error::config("parametrization", format!("{:?}", asked.kind).to_lowercase(), why));
         }
@@ -338,8 +356,8 @@ fn finish(mut config: Config, meaning: Meaning, data: Data, origin: Option<Start
         _ => None,
     };
     config.optimizer = meaning.optimizer.clone();
-    config.parametrization =
-        Some(config::ParametrizationConfig { kind: meaning.scaling.kind, base: Some(meaning.scaling.base.clone()) });
+    let Scaling { kind, base, rules } = meaning.scaling.clone();
+    config.parametrization = Some(config::ParametrizationConfig { kind, base: Some(base), rules: Some(rules) });
     let micro = micro_batch(&config, &meaning.spec);
     if micro.samples.checked_mul(micro.length).is_none_or(|tokens| tokens > MAX_MICRO_BATCH) {
         let why = format!(

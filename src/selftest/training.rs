@@ -43,7 +43,7 @@ fn setting(model: &str) -> Result<(Config, Meaning)> {
     );
     let config = ConfigText::parse(&text, &[], Path::new("selftest"))?.resolve()?;
     let spec = resolve_model(config.model.as_ref().expect("the text has a model"), DataShape::Tokens { vocab: VOCAB })?;
-    let scaling = Scaling { kind: Parametrization::Mup, base: spec.dims().clone() };
+    let scaling = Scaling::new(Parametrization::Mup, spec.dims());
     let meaning = Meaning { spec, scaling, optimizer: config.optimizer.clone(), tokenizer: None };
     Ok((config, meaning))
 }

@@ -77,7 +77,7 @@ pub fn meaning(config: &Config) -> Meaning {
         .or_else(|_| resolve_model(model, DataShape::Rows { inputs: INPUTS, classes: CLASSES }))
         .expect("a model");
     let kind = config.parametrization.as_ref().map(|p| p.kind).unwrap_or_default();
-    let scaling = Scaling { kind, base: spec.dims().clone() };
+    let scaling = Scaling::new(kind, spec.dims());
     Meaning { spec, scaling, optimizer: config.optimizer.clone(), tokenizer: None }
 }
 

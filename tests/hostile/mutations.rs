@@ -106,7 +106,7 @@ fn resolve(text: &str) -> Result<(), mupscale::Error> {
     let Some(model) = &config.model else { return Ok(()) };
     for data in [DataShape::Tokens { vocab: 300 }, DataShape::Rows { inputs: 3, classes: 2 }] {
         let Ok(spec) = resolve_model(model, data) else { continue };
-        let scaling = Scaling { kind: Parametrization::Mup, base: spec.dims().clone() };
+        let scaling = Scaling::new(Parametrization::Mup, spec.dims());
         let table = model::table(&spec, &scaling);
         assert!(table.parameters() > 0);
         if let Some(upscale) = config.init.as_ref().and_then(|init| init.upscale.as_ref()) {

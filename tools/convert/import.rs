@@ -140,7 +140,7 @@ pub fn write(
     dtype: Option<DType>,
     mut writer: Writer,
 ) -> Result<()> {
-    let scaling = Scaling { kind: Parametrization::Mup, base: spec.dims.clone() };
+    let scaling = Scaling::new(Parametrization::Mup, &spec.dims);
     let spec = Spec::Decoder(spec);
     let table = model::table(&spec, &scaling);
     // The type of each of our tensors, from the first foreign tensor that feeds it.
