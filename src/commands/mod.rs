@@ -8,6 +8,7 @@ macro_rules! say {
 }
 
 mod bench;
+mod coord_check;
 mod data;
 mod doctor;
 mod eval;
@@ -66,6 +67,8 @@ enum Command {
     Watch(report::WatchArgs),
     /// Write runs as one HTML page: curves, norms, throughput, settings, samples
     Report(report::ReportArgs),
+    /// Check that changes of activations do not grow with width, for μP and for standard parametrisation
+    CoordCheck(coord_check::Args),
     /// Make and look at training data
     #[command(subcommand)]
     Data(data::Command),
@@ -126,6 +129,7 @@ impl Args {
             Command::Inspect(args) => inspect::run(args),
             Command::Watch(args) => report::watch(args),
             Command::Report(args) => report::report(args),
+            Command::CoordCheck(args) => coord_check::run(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Doctor(args) => doctor::run(args),
