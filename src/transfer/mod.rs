@@ -5,11 +5,7 @@
 //! | [`widths`] | one configuration at many widths |
 //! | [`coordinates`] | the coordinate check: do changes of activations grow with width? |
 //! | [`sweep`] | many runs over axes of hyperparameters, packed on what there is, resumable |
-//! | [`fit`] | the optimum of a sweep, and how sure it is |
-//! | [`recipe`] | the whole: sweep small, pick, apply large, report |
 
 pub mod coordinates;
-
-
-
+pub mod sweep;
 pub mod widths;
