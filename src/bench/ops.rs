@@ -379,6 +379,8 @@ fn expansion<B: Ops>(clock: &mut Clock<'_, B>) -> Result<()> {
                 rows_map: rows_map.view(),
                 columns_map: columns_map.view(),
                 scale: 0.25,
+                rows_scale: None,
+                columns_scale: None,
             };
             b.expand(target.view_mut(), 0, columns * TIMES, source, noise);
         })?;

@@ -10,7 +10,7 @@ mod read;
 #[cfg(test)]
 mod tests;
 
-pub use init::{HeadGrowth, InitConfig, Moments, NoiseKind, UpscaleConfig};
+pub use init::{GrowthMethod, HeadGrowth, InitConfig, Moments, NoiseKind, UpscaleConfig};
 pub use model::{Arch, DataShape, ModelConfig, resolve_model};
 pub use optimizer::{ClipNorm, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShapeFactor};
 pub use read::{ConfigText, set_value};
