@@ -72,6 +72,9 @@ pub enum Error {
     /// A device that failed while it worked, or another rank.
     #[error("{0}")]
     Fault(String),
+    /// A check that was asked for, and that does not pass.
+    #[error("{0}")]
+    Failed(String),
     /// Another rank of the run says why it ends; this one ends with it, without a word.
     #[error("another rank says why")]
     Elsewhere {
@@ -140,6 +143,7 @@ impl Error {
             Self::Io { source, .. } if is_full(source) => 2,
             Self::Io { .. } => 1,
             Self::Device(_) => 2,
+            Self::Failed(_) => 1,
             Self::Fault(_) => 3,
             Self::NonFinite { .. } => 4,
             Self::Interrupted { .. } => 75,

@@ -21,7 +21,7 @@
 //! | 3 | [`model`], [`mup`] | the parameter table, forward and backward; factors as pure arithmetic |
 //! | 4 | [`config`], [`optim`], [`schedule`], [`data`], [`feed`], [`checkpoint`], [`state`], [`upscale`], [`widen`] | what the user asked for; samples; files; loading and widening |
 //! | 5 | [`trainer`], [`report`], [`run`] | one step; what people and scripts see; a run folder |
-//! | 6 | [`quickstart`], [`bench`], [`selftest`], [`commands`] | the method on one example; speed; a device against the CPU; the command line |
+//! | 6 | [`quickstart`], [`transfer`], [`bench`], [`selftest`], [`commands`] | the method on one example; tuning small for large; speed; a device against the CPU; the command line |
 //!
 //! Imports point downward (`tests/tidy.rs` holds them to it). `ops` knows no model, `mup` no device, `model` no file,
 //! `comm` no parameter.
@@ -76,6 +76,7 @@ pub mod schedule;
 pub mod selftest;
 pub mod state;
 pub mod trainer;
+pub mod transfer;
 pub mod upscale;
 pub mod widen;
 

@@ -15,7 +15,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 
 /// How hyperparameters depend on width.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Parametrization {
     /// μP relative to a base shape.

@@ -8,6 +8,7 @@ macro_rules! say {
 }
 
 mod bench;
+mod coord_check;
 mod data;
 mod doctor;
 mod eval;
@@ -16,6 +17,7 @@ mod inspect;
 mod quickstart;
 mod report;
 mod selftest;
+mod sweep;
 mod tasks;
 mod train;
 mod upscale;
@@ -66,6 +68,10 @@ enum Command {
     Watch(report::WatchArgs),
     /// Write runs as one HTML page: curves, norms, throughput, settings, samples
     Report(report::ReportArgs),
+    /// Check that changes of activations do not grow with width, for μP and for standard parametrisation
+    CoordCheck(coord_check::Args),
+    /// Train many runs over axes of hyperparameters, packed on the cores or GPUs at hand
+    Sweep(sweep::Args),
     /// Make and look at training data
     #[command(subcommand)]
     Data(data::Command),
@@ -126,6 +132,8 @@ impl Args {
             Command::Inspect(args) => inspect::run(args),
             Command::Watch(args) => report::watch(args),
             Command::Report(args) => report::report(args),
+            Command::CoordCheck(args) => coord_check::run(args),
+            Command::Sweep(args) => sweep::run(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Doctor(args) => doctor::run(args),

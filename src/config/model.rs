@@ -89,6 +89,16 @@ pub struct ModelConfig {
     pub multipliers: Option<Alphas>,
 }
 
+impl ModelConfig {
+    /// Hidden width of a decoder's MLP, for a residual stream of this width where it is not given.
+    pub fn hidden_width(&self, residual: usize) -> usize {
+        self.ffn.unwrap_or(match self.arch {
+            Arch::Llama => (residual * 8).div_ceil(3).next_multiple_of(8),
+            Arch::Gpt2 | Arch::Mlp => 4 * residual,
+        })
+    }
+}
+
 /// What the data says of a model.
 #[derive(Clone, Copy, Debug)]
 pub enum DataShape {
@@ -167,7 +177,7 @@ fn decoder(c: &ModelConfig, vocab: usize) -> Result<DecoderSpec> {
             return Err(Error::config("model.residual", residual, why));
         }
     };
-    let ffn = c.ffn.unwrap_or(if llama { (residual * 8).div_ceil(3).next_multiple_of(8) } else { 4 * residual });
+    let ffn = c.hidden_width(residual);
     let dims = Dims::from_iter([
         (Width::Residual, residual),
         (Width::Ffn, ffn),

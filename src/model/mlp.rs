@@ -7,6 +7,7 @@ use super::{
     spec::{MlpSpec, Scaling},
 };
 use crate::{
+    Result,
     backend::{Backend, Mut, Ref, Tensor},
     dims::{Axis, Width},
     ops::{
@@ -238,6 +239,21 @@ impl Mlp {
             }
             g.done(i);
         }
+    }
+
+    /// Shows each hidden layer behind its activation; leaves the logits.
+    pub(super) fn observe<B: Ops>(
+        &self,
+        backend: &B,
+        w: Weights<'_, B>,
+        acts: &mut MlpActivations<B>,
+        batch: &Batch<B>,
+        micro: MicroBatch,
+        logits: Mut<'_, B>,
+        seen: &mut dyn FnMut(&str, Ref<'_, B>) -> Result<()>,
+    ) -> Result<()> {
+        self.logits(backend, w, acts, batch, logits, micro);
+        acts.hidden.iter().enumerate().try_for_each(|(i, (_, after))| seen(&format!("layers.{i}"), after.view()))
     }
 
     /// Logits of a micro-batch, rows × classes.

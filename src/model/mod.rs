@@ -221,6 +221,26 @@ impl<B: Ops> Network<B> {
         }
     }
 
+    /// Runs the forward pass and shows what each layer returned, by name, the logits (rows × classes) last. The
+    /// activations must be those planned with [`Recompute::None`].
+    pub fn observe(
+        &self,
+        backend: &B,
+        weights: Weights<'_, B>,
+        acts: &mut Acts<B>,
+        batch: &Batch<B>,
+        micro: MicroBatch,
+        logits: &mut Tensor<B>,
+        seen: &mut dyn FnMut(&str, Ref<'_, B>) -> Result<()>,
+    ) -> Result<()> {
+        match (self, acts) {
+            (Self::Decoder(d), Acts::Decoder(a)) => d.observe(backend, weights, a, batch, micro, logits.view_mut(), seen)?,
+            (Self::Mlp(m), Acts::Mlp(a)) => m.observe(backend, weights, a, batch, micro, logits.view_mut(), seen)?,
+            _ => unreachable!("activations were planned by this network"),
+        }
+        seen("logits", logits.view())
+    }
+
     /// Losses of a micro-batch, left in [`Acts::losses`].
     pub fn evaluate(
         &self,

@@ -21,7 +21,7 @@ pub use model::{Evaluation, Model, tokenizer};
 pub use place::{Place, Work};
 pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
 pub use ranks::Ranks;
-pub use session::{Outcome, train};
+pub use session::{Outcome, first_state, train};
 
 use crate::{Result, ops::Ops, report::progress::Show};
 use std::path::{Path, PathBuf};

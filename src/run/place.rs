@@ -89,7 +89,7 @@ impl Place {
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an
     /// error even so, as nobody wants to find out after a day that the CPU was busy.
-    fn on_gpu(self) -> Result<bool> {
+    pub fn on_gpu(self) -> Result<bool> {
         match self.device {
             Device::Cpu => Ok(false),
             Device::Cuda => Ok(true),

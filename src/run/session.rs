@@ -68,7 +68,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     if resumes {
         take_over_tuning(&trainer.backend, &config.run)?;
     }
-    let loaded = load(&mut trainer, origin, &config, &meaning);
+    let loaded = first_state(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
     let opened = match world.rank {
         0 => Files::open(&config, trainer.position, resumes, force, show).map(Some),
@@ -107,8 +107,13 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     }
 }
 
-/// Gives the trainer its first state.
-fn load<B: Ops>(trainer: &mut Trainer<B>, start: Option<Start>, config: &Config, meaning: &Meaning) -> Result<()> {
+/// Gives the trainer its first state: new weights, or those of a checkpoint, perhaps widened.
+pub fn first_state<B: Ops>(
+    trainer: &mut Trainer<B>,
+    start: Option<Start>,
+    config: &Config,
+    meaning: &Meaning,
+) -> Result<()> {
     let Some(start) = start else {
         trainer.state.init(&trainer.backend, trainer.network.table(), &meaning.scaling, config.seed);
         return Ok(());

@@ -5,6 +5,7 @@ use super::{
     activations::{Inner, Parts},
 };
 use crate::{
+    Result,
     backend::{Mut, Ref, Tensor},
     model::{Batch, MicroBatch, Weights, spec::FeedForward},
     ops::{
@@ -242,6 +243,29 @@ impl<B: Ops> Decoder<B> {
         self.forward(backend, w, acts, &mut Pass::new(batch, micro));
         let (a, rows) = (&acts.0, micro.rows());
         (self.stream(&a.x[a.x.len() - 1], rows), self.stream(&a.norm, rows))
+    }
+
+    /// Shows what each half of a block computed and the residual stream around it; leaves the logits.
+    pub(in crate::model) fn observe(
+        &self,
+        backend: &B,
+        w: Weights<'_, B>,
+        acts: &mut Activations<B>,
+        batch: &Batch<B>,
+        micro: MicroBatch,
+        logits: Mut<'_, B>,
+        seen: &mut dyn FnMut(&str, Ref<'_, B>) -> Result<()>,
+    ) -> Result<()> {
+        self.forward(backend, w, acts, &mut Pass::new(batch, micro));
+        let a = &acts.0;
+        backend.logits(logits, a.norm.view(), w.get(&self.rows.readout), None, self.readout_shape(micro.rows()));
+        seen("embedding", a.x[0].view())?;
+        for (l, (inner, hidden)) in a.inner.iter().zip(&a.hidden).enumerate() {
+            seen(&format!("blocks.{l}.attention"), inner.attention.view())?;
+            seen(&format!("blocks.{l}.mlp"), hidden.after.view())?;
+            seen(&format!("blocks.{l}"), a.x[l + 1].view())?;
+        }
+        Ok(())
     }
 
     /// Losses of a micro-batch, without gradients.

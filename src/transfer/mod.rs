@@ -1,0 +1,11 @@
+//! Transfer: hyperparameters tuned on small upscales, used unchanged on large ones, with the evidence.
+//!
+//! | file | |
+//! |---|---|
+//! | [`widths`] | one configuration at many widths |
+//! | [`coordinates`] | the coordinate check: do changes of activations grow with width? |
+//! | [`sweep`] | many runs over axes of hyperparameters, packed on what there is, resumable |
+
+pub mod coordinates;
+pub mod sweep;
+pub mod widths;
