@@ -1,5 +1,6 @@
 //! Growth operators: which of them keep the function, where their weights come from, and what becomes of moments.
 
+mod command;
 mod common;
 
 use common::*;
@@ -271,4 +272,72 @@ fn what_a_method_cannot_do_is_refused_with_the_remedy() {
     let relative = mupscale::config::NoiseKind::Relative;
     refused(&decoder, UpscaleConfig { noise_kind: relative, ..widths(Hypercloning) }, reset, "leave noise_kind out");
     refused(&decoder, widths(Aki), Moments::Keep, "use reset");
+}
+
+const PLAN: &str = "out = 'g'\n[growth]\nwidth = 2\nnoise = 0.1\n[base]\nsteps = 6\nthreads = 1\ndata.path = 'held'\n\
+                    batch.size = 2\noptimizer = { lr = 0.01 }\nschedule = { kind = 'linear', warmup = 2 }\n\
+                    validation.every = 2\n\
+                    model = { arch = 'gpt2', layers = 1, residual = 16, kv_heads = 2, context = 16 }\n\
+                    [grown]\nsteps = 4\n";
+
+/// All operators from one base, the shapes from scratch beside them; the same command again trains nothing.
+#[test]
+fn operators_are_compared_and_what_is_complete_stays() {
+    let place = command::Place::new();
+    place.ok("data tokenize corpus.txt --out held --val-fraction 0.2");
+    place.write("plan.toml", PLAN);
+    let results = place.ok("compare-growth -c plan.toml --json").json();
+    let runs = results["runs"].as_array().unwrap();
+    let names: Vec<&str> = runs.iter().map(|run| run["name"].as_str().unwrap()).collect();
+    let operators = ["mupscale", "mupscale-reset", "mupscale-asymmetric", "hypercloning", "net2net", "aki", "zero"];
+    let others = ["stack", "llama-pro", "scratch-wide", "scratch-wide-long", "scratch-deep", "scratch-deep-long"];
+    assert_eq!(names, [&["base"][..], &operators, &others].concat());
+    let number = |name: &str, key: &str| {
+        let run = runs.iter().find(|run| run["name"] == name).unwrap();
+        run[key].as_f64().unwrap_or_else(|| panic!("{name} has no {key}: {run}"))
+    };
+    assert_eq!(number("mupscale", "tokens"), 4.0 * 2.0 * 16.0);
+    assert_eq!(number("mupscale", "parameters"), number("scratch-wide", "parameters"));
+    assert_eq!(number("llama-pro", "parameters"), number("scratch-deep", "parameters"));
+    assert_eq!(number("mupscale", "base_flops"), number("base", "flops"));
+    let spent = number("mupscale", "flops") + number("base", "flops");
+    let step = number("scratch-wide", "flops") / 4.0;
+    assert!((0.0..=step).contains(&(number("scratch-wide-long", "flops") - spent)));
+    // Nothing is lost by a growth that keeps the function.
+    assert!(number("llama-pro", "loss") < number("scratch-deep", "loss"));
+    let before = place.read("g/mupscale/metrics.jsonl");
+    let table = place.ok("compare-growth -c plan.toml").out;
+    assert!(table.contains("equal FLOPs") && place.read("g/mupscale/metrics.jsonl") == before, "{table}");
+    assert!(String::from_utf8(place.read("g/growth.svg")).unwrap().contains("llama-pro"));
+    place.write("bad.toml", PLAN.replace("[growth]\n", "[growth]\nmethod = 'aki'\n"));
+    place.refuses("compare-growth -c bad.toml", &["growth.method = aki", "operators"]);
+    let without = PLAN.replace("warmup = 2", "warmup = 0").replace("[growth]", "operators = ['mupscale-asymmetric']\n[growth]");
+    place.write("cold.toml", without.replace("out = 'g'", "out = 'cold'"));
+    let said = place.run("compare-growth -c cold.toml --json");
+    assert!(said.code == 2 && said.err.contains("set schedule.warmup"), "{}", said.err);
+}
+
+#[test]
+fn a_plan_says_what_a_training_takes() {
+    let place = command::Place::new();
+    let plan = place.ok("plan base --width 4 --tokens 100000 --gpus 2 --throughput 50 --json").json();
+    // A block of width 64: 12 d² and 13 d of weights, norms and biases; the final norm; positions; tokens.
+    let vocab = place.ok("inspect base --json").json()["vocab"].as_u64().unwrap();
+    assert_eq!(plan["parameters"][1], 12 * 64 * 64 + 13 * 64 + 2 * 64 + 64 * (16 + vocab));
+    assert_eq!(plan["seconds"], 2000.0);
+    assert_eq!(plan["shrink"], 8);
+    let (tuned, full) = (plan["tuning_flops"][0].as_f64().unwrap(), plan["tuning_flops"][1].as_f64().unwrap());
+    assert_eq!(full, 20.0 * plan["flops"][1].as_f64().unwrap());
+    assert!(tuned < full / 8.0, "{tuned} {full}");
+    // Master weights and moments are 12 bytes a parameter, of which ZeRO-1 leaves half on each of two.
+    let memory = |key: &str| plan["memory"][key].as_u64().unwrap();
+    let parameters = plan["parameters"][1].as_u64().unwrap();
+    let saved = memory("bf16") - memory("bf16_zero1");
+    assert!((6 * parameters..7 * parameters).contains(&saved), "{saved} of {parameters}");
+    assert!(memory("f32") > 16 * parameters);
+    let text = place.ok("plan base --width 4 --tokens 100000").out;
+    assert!(text.contains("2605.13405") && text.contains("over 2") && text.contains("give --throughput"), "{text}");
+    place.refuses("plan base --width 4 --tokens 0", &["--tokens = 0"]);
+    place.refuses("plan base --width 2 --tokens 9 --shrink 3", &["--shrink = 3", "residual 32"]);
+    place.refuses("plan base --tokens 9", &["give a width"]);
 }
