@@ -69,12 +69,8 @@ fn by(method: GrowthMethod, mlp: bool) -> UpscaleConfig {
     let all = UpscaleConfig { method, seed: 3, ..Default::default() };
     match method {
         // Padding changes what a norm sees of the residual stream.
-        GrowthMethod::Zero if !mlp => {
-            UpscaleConfig { ffn: Some(3), kv_heads: Some(2), group: Some(2), ..all }
-        }
-        GrowthMethod::Net2net if !mlp => {
-            UpscaleConfig { width: Some(3), group: Some(2), head_dim: Some(2), ..all }
-        }
+        GrowthMethod::Zero if !mlp => UpscaleConfig { ffn: Some(3), kv_heads: Some(2), group: Some(2), ..all },
+        GrowthMethod::Net2net if !mlp => UpscaleConfig { width: Some(3), group: Some(2), head_dim: Some(2), ..all },
         GrowthMethod::LlamaPro => UpscaleConfig { layers: Some(3), ffn: Some(2), ..all },
         GrowthMethod::Hypercloning => UpscaleConfig { width: Some(2), noise: 0.5, ..all },
         GrowthMethod::Stack => UpscaleConfig { layers: Some(2), ..all },
@@ -311,7 +307,8 @@ fn operators_are_compared_and_what_is_complete_stays() {
     assert!(String::from_utf8(place.read("g/growth.svg")).unwrap().contains("llama-pro"));
     place.write("bad.toml", PLAN.replace("[growth]\n", "[growth]\nmethod = 'aki'\n"));
     place.refuses("compare-growth -c bad.toml", &["growth.method = aki", "operators"]);
-    let without = PLAN.replace("warmup = 2", "warmup = 0").replace("[growth]", "operators = ['mupscale-asymmetric']\n[growth]");
+    let without =
+        PLAN.replace("warmup = 2", "warmup = 0").replace("[growth]", "operators = ['mupscale-asymmetric']\n[growth]");
     place.write("cold.toml", without.replace("out = 'g'", "out = 'cold'"));
     let said = place.run("compare-growth -c cold.toml --json");
     assert!(said.code == 2 && said.err.contains("set schedule.warmup"), "{}", said.err);

@@ -51,7 +51,8 @@ fn run<B: Expand>(backend: &B, case: &Case, [from, to]: [DType; 2], values: &[f6
     let (rows_map, columns_map) = (integers(backend, &case.rows)?, integers(backend, &case.columns)?);
     let factors = |count: usize| -> Vec<f64> { (0..count).map(|i| (i % 3) as f64 / 3.0).collect() };
     let tensor = |count| Tensor::from_bytes(backend, DType::F64, bytemuck::cast_slice(&factors(count)));
-    let scales = case.scaled.then(|| Ok::<_, crate::Error>((tensor(case.rows.len())?, tensor(columns)?))).transpose()?;
+    let scales =
+        case.scaled.then(|| Ok::<_, crate::Error>((tensor(case.rows.len())?, tensor(columns)?))).transpose()?;
     let mut all = Vec::new();
     for noise in case.noises() {
         for borders in [&[0, len][..], &[0, len / 3, len / 3 + 1, len - len / 5, len]] {

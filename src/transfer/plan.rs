@@ -195,9 +195,11 @@ impl Question<'_> {
         };
         match self.shrink {
             Some(k) if divides(k) => Ok(at(k)),
-            Some(k) => {
-                Err(Error::config("--shrink", k, format!("must divide every width that shrinks with the proxy: {dims}")))
-            }
+            Some(k) => Err(Error::config(
+                "--shrink",
+                k,
+                format!("must divide every width that shrinks with the proxy: {dims}"),
+            )),
             None => Ok(at([8, 4, 2, 1].into_iter().find(|&k| divides(k)).unwrap_or(1))),
         }
     }
@@ -241,9 +243,10 @@ fn findings(parameters: f64, width: f64, tokens_per_parameter: f64) -> Vec<Findi
             source: "arXiv 2602.10545, abstract",
         },
         Finding {
-            says: "growing the width 2× in the middle of training saved up to 35 % of its cost, with moments reset and \
+            says:
+                "growing the width 2× in the middle of training saved up to 35 % of its cost, with moments reset and \
                    the rate warmed up for what is new (init.moments = \"asymmetric\" is our form of it)"
-                .into(),
+                    .into(),
             source: "arXiv 2602.02472, abstract",
         },
         Finding {

@@ -89,9 +89,7 @@ impl Growth {
             (Net2net | Zero, NoiseKind::Paired) => {
                 refuse("has no equal number of copies of each input, which noise_kind = \"paired\" needs")
             }
-            (Hypercloning, NoiseKind::Relative | NoiseKind::Paper) => {
-                refuse("has paired noise: leave noise_kind out")
-            }
+            (Hypercloning, NoiseKind::Relative | NoiseKind::Paper) => refuse("has paired noise: leave noise_kind out"),
             _ => Ok(()),
         }
     }
@@ -118,7 +116,8 @@ impl Growth {
     pub fn check_moments(&self, moments: Moments) -> Result<()> {
         let method = self.config.method;
         if moments == Moments::Keep && matches!(method, GrowthMethod::Aki | GrowthMethod::Stack) {
-            let why = format!("{} makes another function, with other gradients: use reset, or asymmetric", method.name());
+            let why =
+                format!("{} makes another function, with other gradients: use reset, or asymmetric", method.name());
             return Err(Error::config("init.moments", "keep", why));
         }
         Ok(())

@@ -220,7 +220,8 @@ impl GrowthPlan {
         let flops = flops_per_token(&shape.spec, base) * per_step;
         let long = grown.steps + (base_run.flops / flops).ceil() as u64;
         let mut runs = Vec::new();
-        for (name, steps) in [(format!("scratch-{}", shape.name), grown.steps), (format!("scratch-{}-long", shape.name), long)]
+        for (name, steps) in
+            [(format!("scratch-{}", shape.name), grown.steps), (format!("scratch-{}-long", shape.name), long)]
         {
             let mut table = self.grown_table();
             table.insert("model".into(), self.model(&shape.spec)?.into());
