@@ -4,9 +4,13 @@
 //! sum over ranks, group by group as backward finishes; norm, decision, update. Nothing waits for the device: results
 //! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
 
+mod results;
+
+pub use results::{Bad, StepResult};
+
 use crate::{
     DType, Error, Result,
-    backend::{Backend, HostBuffer, Stream, Tensor},
+    backend::{HostBuffer, Stream, Tensor},
     comm::{self, Comm, Ticket},
     config::{Config, OnNan, OptimizerConfig},
     feed::{Feed, Samples},
@@ -28,53 +32,11 @@ use crate::{
     schedule,
     state::{Meaning, Position, State, StateSlots},
 };
+use results::Pending;
 use std::{collections::VecDeque, time::Instant};
 
 /// Steps that may be under way before the host looks at the oldest one's results.
 pub const LAG: usize = 2;
-
-/// What a step brought.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepResult {
-    /// Where the run stood after the step (before it, for a step that halted training).
-    pub position: Position,
-    /// The step, from 1.
-    pub step: u64,
-    /// Mean loss of the counted tokens, nats.
-    pub loss: f64,
-    /// Learning rate at the base shape.
-    pub lr: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-    /// Norm of the change of all weights.
-    pub update_norm: f64,
-    /// Seconds from this step's beginning to the next one's (or to its result, for the last one under way).
-    pub seconds: f64,
-    /// Whether the update was left out.
-    pub skipped: bool,
-    /// `loss`, or the row whose gradient was not finite.
-    pub bad: Option<Bad>,
-}
-
-/// What was not finite.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bad {
-    /// The loss only.
-    Loss,
-    /// The gradient of this row.
-    Row(usize),
-}
-
-/// A step under way.
-struct Pending<B: Backend> {
-    inputs: B::Host,
-    results: B::Host,
-    event: Option<B::Event>,
-    begun: Instant,
-    before: Position,
-    after: Position,
-    lr: f64,
-}
 
 /// Everything that training on one rank needs.
 pub struct Trainer<B: Ops> {
@@ -195,29 +157,7 @@ impl<B: Ops> Trainer<B> {
         if let Some(event) = pending.event.take() {
             self.backend.synchronize(&event)?;
         }
-        let get = |scalar| scalars::get(pending.results.bytes(), scalar);
-        let skipped = get(Scalar::Skip) != 0.0;
-        let bad = match get(Scalar::BadRow) {
-            row if skipped && row >= 0.0 => Some(Bad::Row(row as usize)),
-            row if skipped && row == -2.0 => Some(Bad::Loss),
-            _ => None,
-        };
-        let result = StepResult {
-            position: if get(Scalar::Halt) != 0.0 { pending.before } else { pending.after },
-            step: pending.after.step,
-            loss: get(Scalar::LossSum) / get(Scalar::Counted),
-            lr: pending.lr,
-            grad_norm: get(Scalar::GradNorm),
-            update_norm: get(Scalar::UpdateNorm),
-            seconds: self
-                .ring
-                .front()
-                .map_or_else(Instant::now, |next| next.begun)
-                .duration_since(pending.begun)
-                .as_secs_f64(),
-            skipped,
-            bad,
-        };
+        let result = pending.result(self.ring.front().map_or_else(Instant::now, |next| next.begun));
         self.spare.push(pending);
         Ok(Some(result))
     }
@@ -234,13 +174,7 @@ impl<B: Ops> Trainer<B> {
             ..before
         };
         let lr = self.optimizer.lr * schedule::factor(&self.config.schedule, after.step, self.config.steps);
-        let mut pending = match self.spare.pop() {
-            Some(pending) => Pending { begun: Instant::now(), before, after, lr, ..pending },
-            None => {
-                let (inputs, results) = (self.backend.host(SCALAR_BYTES)?, self.backend.host(SCALAR_BYTES)?);
-                Pending { inputs, results, event: None, begun: Instant::now(), before, after, lr }
-            }
-        };
+        let mut pending = Pending::begin(&self.backend, self.spare.pop(), before, after, lr)?;
         let inputs = pending.inputs.bytes_mut();
         scalars::set(inputs, Scalar::LearningRate, lr);
         scalars::set(inputs, Scalar::Time, after.time as f64);
