@@ -287,7 +287,6 @@ impl<B: Ops> Trainer<B> {
         if last && !self.sums.is_empty() {
             let done = self.backend.record(Stream::Communication);
             self.backend.wait(Stream::Compute, &done);
-            self.backend.accumulate(self.gradients.view_mut(), self.sums[0].view(), false);
         }
         Ok(())
     }
@@ -298,9 +297,10 @@ impl<B: Ops> Trainer<B> {
         self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
         let decision = self.decision();
         let Self {
-            backend, network, state, gradients, pieces, partials, muon_scratch, scalars, graphs, optimizer, ..
+            backend, network, state, gradients, sums, pieces, partials, muon_scratch, scalars, graphs, optimizer, ..
         } = self;
-        let table = network.table();
+        // Sums stay in the type that they are made in.
+        let (table, gradients) = (network.table(), sums.first().unwrap_or(gradients));
         backend.captured(&mut graphs.1, || {
             let count = pieces.list.len();
             backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
@@ -485,6 +485,7 @@ fn muon_update<B: Ops>(
             weight: state.weights.slice_mut(values.clone()),
             master: state.master.as_mut().map(|m| m.slice_mut(values.clone())),
             first: first.slice_mut(values.clone()),
+            offset: values.start,
             gradient: gradients.slice(values),
             rows: row.axes[0].size(),
             columns: row.columns(),
