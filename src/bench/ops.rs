@@ -277,7 +277,23 @@ fn products<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
             b.linear_backward_weight(dweight.view_mut(), Some(dbias.view_mut()), y.view(), x.view(), shape);
         })?;
     }
-    Ok(())
+    if gated { Ok(()) } else { activated_products(clock, sizes) }
+}
+
+/// The linear layers of a plain MLP with its activation, forward behind the first and backward behind the second.
+fn activated_products<B: Ops>(clock: &mut Clock<'_, B>, Sizes { rows, width, ffn, .. }: Sizes) -> Result<()> {
+    let (x, weight, bias) = (clock.real(rows * width)?, clock.real(ffn * width)?, clock.real(ffn)?);
+    let (mut before, mut after) = (clock.real(rows * ffn)?, clock.real(rows * ffn)?);
+    let (size, flops, kind) = (clock.backend.compute().size(), 2 * rows * width * ffn, Activation::GeluTanh);
+    let bytes = (x.len() + weight.len() + 2 * before.len()) * size;
+    clock.time("linear up with activation", bytes, flops, |b| {
+        let (shape, before) = (LinearShape { rows, inputs: width, outputs: ffn }, before.view_mut());
+        b.linear_activate(after.view_mut(), before, x.view(), weight.view(), Some(bias.view()), shape, kind);
+    })?;
+    clock.time("linear down backward, input with activation", bytes, flops, |b| {
+        let (shape, d) = (LinearShape { rows, inputs: ffn, outputs: width }, after.view_mut());
+        b.linear_activate_backward(d, x.view(), weight.view(), before.view(), shape, kind);
+    })
 }
 
 fn attention<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {

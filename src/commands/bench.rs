@@ -35,6 +35,9 @@ pub struct OpsArgs {
     only: String,
     #[command(flatten)]
     place: super::PlaceArgs,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -60,6 +63,9 @@ pub struct TrainArgs {
     /// On a GPU, launch every kernel by itself
     #[arg(long)]
     eager: bool,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// Measure where a step's time goes, too
     #[arg(long)]
     profile: bool,
@@ -106,8 +112,8 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
-    let OpsArgs { preset, batch, only, place, json } = args;
-    let speed = bench::ops(place.place(), OpsBench { preset, batch, only })?;
+    let OpsArgs { preset, batch, only, place, unfused, json } = args;
+    let speed = bench::ops(Place { unfused, ..place.place() }, OpsBench { preset, batch, only })?;
     if json {
         return print_json(&speed);
     }
@@ -125,7 +131,7 @@ fn ops(args: OpsArgs) -> Result<()> {
 fn train(args: TrainArgs) -> Result<()> {
     let TrainArgs { preset, batch, steps, recompute, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, profile };
-    let speed = bench::train(Place { eager: args.eager, ..args.place.place() }, bench)?;
+    let speed = bench::train(Place { eager: args.eager, unfused: args.unfused, ..args.place.place() }, bench)?;
     if args.json {
         return print_json(&speed);
     }

@@ -24,6 +24,8 @@ pub struct Place {
     pub eager: bool,
     /// On a GPU, measure the algorithms of matrix products.
     pub autotune: bool,
+    /// On a GPU, apply GELU and sum the gradients of biases in kernels of their own.
+    pub unfused: bool,
     /// Which of the visible GPUs, from 0.
     pub ordinal: u32,
 }
@@ -40,12 +42,12 @@ impl Place {
     /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
     /// a GPU of its own: that of its number, or the only one that is shown to it.
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, eager, autotune, .. } = *config;
+        let Config { device, precision, mut threads, eager, autotune, unfused, .. } = *config;
         let local = world.local_world;
         if threads == 0 && local > 1 {
             threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
-        let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
+        let place = Self { device, precision, threads, eager, autotune, unfused, ordinal: 0 };
         if !place.on_gpu()? {
             return Ok(Self { device: Device::Cpu, ..place });
         }
@@ -83,8 +85,8 @@ impl Place {
                 return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
             }
         };
-        let Self { ordinal, eager, autotune, .. } = self;
-        Cuda::new(cuda::Options { ordinal, compute, eager, autotune })
+        let Self { ordinal, eager, autotune, unfused, .. } = self;
+        Cuda::new(cuda::Options { ordinal, compute, eager, autotune, unfused })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an

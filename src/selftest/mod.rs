@@ -13,6 +13,7 @@ mod gradient;
 mod head;
 mod head_norm;
 mod linear;
+mod linear_activation;
 mod muon;
 mod norm;
 mod optimizer;
@@ -26,7 +27,7 @@ use crate::{Result, backend::cuda::Cuda};
 /// A group of checks, by its name.
 type Check = fn(&mut Agreement) -> Result<()>;
 
-const CHECKS: [(&str, Check); 13] = [
+const CHECKS: [(&str, Check); 14] = [
     ("activation", activation::check),
     ("attention", attention::check),
     ("embedding", embedding::check),
@@ -35,6 +36,7 @@ const CHECKS: [(&str, Check); 13] = [
     ("head", head::check),
     ("head_norm", head_norm::check),
     ("linear", linear::check),
+    ("linear_activation", linear_activation::check),
     ("muon", muon::check),
     ("norm", norm::check),
     ("optimizer", optimizer::check),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! library → driver → module (images, or nvrtc) → launch        ops/*/cuda.rs: kernels! { … }
-//!                  → gemm (cuBLASLt)                            ops/linear, head, muon
+//!                  → gemm (cuBLASLt), epilogue                  ops/linear, linear_activation, head, muon
 //!                  → graph (capture and replay)                 trainer::micro_step, update
 //!                  → nccl (sums over ranks)                     comm::Comm
 //! ```
@@ -14,6 +14,7 @@
 #![allow(unsafe_code, reason = "allocates and copies through the driver")]
 
 pub mod driver;
+mod epilogue;
 mod gemm;
 mod graph;
 pub(crate) mod launch;
@@ -26,6 +27,7 @@ mod tuning;
 pub use driver::{Event, Properties};
 pub use graph::Graph;
 pub(crate) use {
+    epilogue::Epilogue,
     gemm::Matrix,
     launch::{Launch, Teams, kernels, warps},
 };
@@ -59,6 +61,8 @@ pub struct Options {
     pub eager: bool,
     /// Measure the algorithms of matrix products instead of taking the library's word.
     pub autotune: bool,
+    /// Apply GELU and sum the gradients of biases in kernels of our own instead of in matrix products.
+    pub unfused: bool,
 }
 
 /// A GPU.

@@ -220,12 +220,18 @@ impl<B: Ops> Decoder<B> {
         let hidden = &mut a.hidden[here];
         let gated = self.spec.feed_forward == FeedForward::Gated;
         let outputs = self.ffn() * if gated { 2 } else { 1 };
-        let before = 0..rows * outputs;
-        self.apply(backend, w, up, hidden.before.slice_mut(before.clone()), norm2, (rows, self.width(), outputs));
-        let (after, before) = (hidden.after.slice_mut(0..rows * self.ffn()), hidden.before.slice(before));
+        let mut before = hidden.before.slice_mut(0..rows * outputs);
+        let after = hidden.after.slice_mut(0..rows * self.ffn());
         match self.spec.feed_forward {
-            FeedForward::Plain { activation } => backend.activate(after, before, activation),
-            FeedForward::Gated => backend.gate(after, before, self.ffn()),
+            FeedForward::Plain { activation } => {
+                let (weight, bias) = (w.get(&up.weight), up.bias.as_ref().map(|b| w.get(b)));
+                let shape = self.linear_shape(rows, self.width(), outputs);
+                backend.linear_activate(after, before, norm2, weight, bias, shape, activation);
+            }
+            FeedForward::Gated => {
+                self.apply(backend, w, up, before.reborrow(), norm2, (rows, self.width(), outputs));
+                backend.gate(after, before.as_ref(), self.ffn());
+            }
         }
     }
 
