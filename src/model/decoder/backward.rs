@@ -145,23 +145,18 @@ impl<B: Ops> Decoder<B> {
             first_key,
             self.attention_shape(micro),
         );
-        if let Some(angles) = &self.angles {
-            backend.rotate(s.dqkv.view_mut(), angles.view(), heads, rows, micro.length, 0, true);
-        }
-        if let (Some((q, k)), Some(projected), Some(statistics)) =
-            (&block.qk_norm, &inner.projected, &inner.head_statistics)
-        {
-            let (dq, dk) = g.pair(q, k);
-            backend.head_norm_backward(
-                s.dqkv.view_mut(),
-                dq,
-                dk,
-                projected.view(),
-                statistics.view(),
-                w.get(q),
-                w.get(k),
-                heads,
-            );
+        let (d, rotation) = (s.dqkv.view_mut(), self.rotation(micro.length, 0));
+        match (&block.qk_norm, &inner.projected, &inner.head_statistics) {
+            (Some((q, k)), Some(projected), Some(statistics)) => {
+                let ((dq, dk), projected, statistics) = (g.pair(q, k), projected.view(), statistics.view());
+                let (q, k) = (w.get(q), w.get(k));
+                backend.head_norm_backward(d, dq, dk, projected, statistics, q, k, rotation, heads);
+            }
+            _ => {
+                if let Some(rotation) = rotation {
+                    backend.rotate(d, rotation, heads, true);
+                }
+            }
         }
         let qkv = self.linear_shape(rows, self.width(), heads.row());
         linear_backward(backend, w, g, &block.qkv, s.dy.view_mut(), s.dqkv.view(), inner.norm1.view(), qkv);

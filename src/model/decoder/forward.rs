@@ -182,18 +182,21 @@ impl<B: Ops> Decoder<B> {
         };
         let new = start * heads.row()..(start + rows) * heads.row();
         let (x, size) = (inner.norm1.slice(0..rows * self.width()), (rows, self.width(), heads.row()));
+        let rotation = self.rotation(length, start);
         match (&mut inner.projected, &mut inner.head_statistics, &block.qk_norm) {
             (Some(projected), Some(statistics), Some((q, k))) => {
                 let all = 0..rows * heads.row();
                 self.apply(backend, w, &block.qkv, projected.slice_mut(all.clone()), x, size);
                 let statistics = statistics.slice_mut(0..rows * heads.kv_heads * (heads.group + 1));
                 let (out, eps) = (qkv.slice_mut(new.clone()), self.spec.norm_eps);
-                backend.head_norm(out, statistics, projected.slice(all), w.get(q), w.get(k), heads, eps);
+                backend.head_norm(out, statistics, projected.slice(all), w.get(q), w.get(k), rotation, heads, eps);
             }
-            _ => self.apply(backend, w, &block.qkv, qkv.slice_mut(new.clone()), x, size),
-        }
-        if let Some(angles) = &self.angles {
-            backend.rotate(qkv.slice_mut(new.clone()), angles.view(), heads, rows, length, start, false);
+            _ => {
+                self.apply(backend, w, &block.qkv, qkv.slice_mut(new.clone()), x, size);
+                if let Some(rotation) = rotation {
+                    backend.rotate(qkv.slice_mut(new.clone()), rotation, heads, false);
+                }
+            }
         }
         let part = |from: usize| Strided { view: qkv.slice(from..new.end), stride: heads.row(), rows: start + length };
         let (q, k, v) = (part(new.start), part(heads.queries()), part(heads.queries() + heads.keys()));
