@@ -17,6 +17,7 @@ use crate::{
         norm::{NormKind, NormShape, Residual},
         optimizer::{Arenas, Method},
         pieces::{self, Pieces},
+        rotary::Rotation,
         scalars::{SCALAR_BYTES, SCALARS, Scalar, set},
     },
     rng,
@@ -249,7 +250,22 @@ fn streams<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
         let table = clock.tensor(clock.backend.statistics(), context * heads.head_dim)?;
         let turned = rows * (heads.queries() + heads.keys()) * size;
         clock.time("rotary", 2 * turned, 0, |b| {
-            b.rotate(qkv.view_mut(), table.view(), heads, rows, context, 0, false);
+            let rotation = Rotation { table: table.view(), sequence: context, start: 0 };
+            b.rotate(qkv.view_mut(), rotation, heads, false);
+        })?;
+        let (mut out, gain) = (clock.real(qkv.len())?, clock.real(heads.head_dim)?);
+        let (mut dq, mut dk) = (clock.tensor(gradient, gain.len())?, clock.tensor(gradient, gain.len())?);
+        let normed = heads.kv_heads * (heads.group + 1);
+        let mut statistics = clock.tensor(clock.backend.statistics(), rows * normed)?;
+        clock.time("Q/K norm and rotary", 2 * qkv.len() * size, 0, |b| {
+            let rotation = Some(Rotation { table: table.view(), sequence: context, start: 0 });
+            let (out, statistics) = (out.view_mut(), statistics.view_mut());
+            b.head_norm(out, statistics, qkv.view(), gain.view(), gain.view(), rotation, heads, 1e-6);
+        })?;
+        clock.time("Q/K norm and rotary, backward", 3 * turned, 0, |b| {
+            let rotation = Some(Rotation { table: table.view(), sequence: context, start: 0 });
+            let (d, dq, dk, statistics) = (out.view_mut(), dq.view_mut(), dk.view_mut(), statistics.view());
+            b.head_norm_backward(d, dq, dk, qkv.view(), statistics, gain.view(), gain.view(), rotation, heads);
         })?;
     }
     Ok(())
@@ -314,6 +330,15 @@ fn attention<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
     })?;
     clock.time("attention backward", 2 * moved + dout.len() * size, 5 * product, |b| {
         b.attention_backward(dqkv.view_mut(), dout.view(), out.view(), sums.view(), qkv.view(), None, shape);
+    })?;
+    // As generation has it: one query of each sequence with all its keys.
+    let shape = AttentionShape { queries: 1, ..shape };
+    let cached = rows * 2 * heads.keys() * size;
+    clock.time("attention, one query", cached, 0, |b| {
+        let part = |from: usize| Strided { view: qkv.slice(from..qkv.len()), stride: heads.row(), rows: context };
+        let (q, k, v) = (part(0), part(heads.queries()), part(heads.queries() + heads.keys()));
+        let out = out.slice_mut(0..shape.batch * heads.queries());
+        b.attention(out, sums.slice_mut(0..shape.batch * queries), q, k, v, None, shape);
     })
 }
 

@@ -212,7 +212,12 @@ fn eval_and_generate_are_the_cpus() {
     let line = "generate base --prompt the --tokens 20 --seed 3 --json";
     let text = place.ok(&format!("{line} --device cpu")).out;
     assert_eq!(emulated_ok(&place, &format!("{line} --device cuda --precision f32"), &[]).out, text);
-    emulated_ok(&place, &format!("{line} --device cuda"), &[]);
+    // Token by token in the kernel for few queries, and in bf16 the same at every run.
+    let log = place.join("generate.log");
+    let written = |options: &[(&str, &str)]| emulated_ok(&place, &format!("{line} --device cuda"), options).out;
+    let once = written(&[("LOG", log.to_str().unwrap())]);
+    assert!(fs::read_to_string(log).unwrap().contains("attention_decode_bf16"));
+    assert_eq!(written(&[("SEED", "2"), ("STREAMS", "lazy")]), once);
 }
 
 /// The first thing that anybody runs.
