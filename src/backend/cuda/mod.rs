@@ -204,6 +204,13 @@ impl Cuda {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device(pub(super) u64);
 
+impl Device {
+    /// Whether so many bytes divide it.
+    pub(crate) fn is_multiple_of(self, bytes: usize) -> bool {
+        self.0.is_multiple_of(bytes as u64)
+    }
+}
+
 impl Address for Device {
     fn offset(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
