@@ -1,9 +1,9 @@
 //! From a checkpoint to a state: loading, and widening on the way (upscaling.md).
 //!
 //! Both are one thing: every target tensor is an expansion of one source tensor, with an index map for each axis, a
-//! scale, and perhaps noise. Loading has identity maps and scale 1; other growth operators have other maps ([`Growth`]). The
-//! source is mapped into memory and streamed tensor by tensor into the state's arenas, wherever they lie; no wide file
-//! exists.
+//! scale, and perhaps noise. Loading has identity maps and scale 1; other growth operators have other maps
+//! ([`Growth`]). The source is mapped into memory and streamed tensor by tensor into the state's arenas, wherever they
+//! lie; no wide file exists.
 
 mod plan;
 
