@@ -90,11 +90,20 @@ template <class A> DEVICE void write(void* target, u32 type, const Exact<A> (&v)
 struct Map {
     const u32 *rows, *of_columns;
     u32 source_columns, columns;
+    // Further factors, or null.
+    const f64 *rows_scale, *columns_scale;
+
+    DEVICE f64 factor(f64 scale, u64 row, u64 column) const {
+        if (rows_scale) scale *= rows_scale[row];
+        return columns_scale ? scale * columns_scale[column] : scale;
+    }
 };
 
-// v = scale times the source's values.
+// v = factor times the source's values.
 template <class A, class S>
-DEVICE void gather(Exact<A> (&v)[RUNS][SPAN], const S* values, Map map, Exact<A> scale, Part part) {
+DEVICE void gather(Exact<A> (&v)[RUNS][SPAN], const S* values, Map map, f64 whole, Part part) {
+    bool scaled = map.rows_scale || map.columns_scale;
+    Exact<A> scale = (A)whole;
     u64 at = part.first < part.start ? part.start : part.first;
     u64 row = part.end >> 32 ? at / map.columns : (u32)at / map.columns;
     u64 column = at - row * map.columns;
@@ -119,6 +128,7 @@ DEVICE void gather(Exact<A> (&v)[RUNS][SPAN], const S* values, Map map, Exact<A>
                 run_column = 0;
                 ++run_row;
             }
+            if (scaled) scale = (A)map.factor(whole, run_row, run_column);
             u64 from = (u64)map.rows[run_row] * map.source_columns + map.of_columns[run_column++];
             v[q][j] = scale * (A)load(values[from]);
         }
@@ -131,7 +141,7 @@ template <class A> struct Gather {
     f64 scale;
     Part part;
     template <class S> DEVICE void operator()(const S* values) const {
-        gather(v, values, map, Exact<A>((A)scale), part);
+        gather(v, values, map, scale, part);
     }
 };
 
@@ -147,11 +157,11 @@ DEVICE void expand_part(void* target, u32 type, const void* values, u32 source_t
 // Bytes: an element of the target, and its source once for all copies that lie near each other.
 KERNEL(THREADS, expand,
        (void* target, u32 target_type, u64 start, u64 len, const void* values, u32 source_type, u32 source_columns,
-        const u32* rows_map, const u32* columns_map, u32 columns, f64 scale, u32 drawn, f64 amount, u64 seed, u64 name,
-        const void* given, u64 origin)) {
+        const u32* rows_map, const u32* columns_map, u32 columns, f64 scale, const f64* rows_scale,
+        const f64* columns_scale, u32 drawn, f64 amount, u64 seed, u64 name, const void* given, u64 origin)) {
     Part part(start, len);
     if (part.first >= part.end) return;
-    Map map = {rows_map, columns_map, source_columns, columns};
+    Map map = {rows_map, columns_map, source_columns, columns, rows_scale, columns_scale};
     Noise noise = {{seed, name}, amount, drawn != 0, given, origin};
     if (target_type == TYPE_F64) {
         expand_part<f64>(target, target_type, values, source_type, map, scale, part, noise);

@@ -199,20 +199,28 @@ impl Axis {
     /// For each index of the wide axis, the index of this narrow one that it copies: `repeat_interleave` on every
     /// block by its multiplicity (upscaling.md, "Axes").
     pub fn repeat(&self, multiplicities: &Dims) -> Vec<u32> {
+        self.map(|width, size| repeat(size, multiplicities.get(width)))
+    }
+
+    /// For each index of the wide axis, the index of this narrow one that it copies, where `widths` says the same of the
+    /// indices of one width of a given size.
+    pub fn map(&self, widths: impl Fn(Width, usize) -> Vec<u32>) -> Vec<u32> {
         let mut map = vec![0u32];
         for block in &self.0 {
-            let k = match block.name {
-                BlockName::Width(w) => multiplicities.get(w),
-                BlockName::Fixed(_) => 1,
+            let inner = match block.name {
+                BlockName::Width(w) => widths(w, block.size),
+                BlockName::Fixed(_) => repeat(block.size, 1),
             };
-            let wide = block.size * k;
-            map = map
-                .iter()
-                .flat_map(|&outer| (0..wide).map(move |i| outer * block.size as u32 + (i / k) as u32))
-                .collect();
+            let inner = &inner;
+            map = map.iter().flat_map(|&outer| inner.iter().map(move |i| outer * block.size as u32 + i)).collect();
         }
         map
     }
+}
+
+/// `times` copies of each of `size` indices, side by side.
+pub fn repeat(size: usize, times: usize) -> Vec<u32> {
+    (0..size * times).map(|i| (i / times) as u32).collect()
 }
 
 impl fmt::Display for Axis {

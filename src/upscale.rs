@@ -1,20 +1,24 @@
 //! From a checkpoint to a state: loading, and widening on the way (upscaling.md).
 //!
 //! Both are one thing: every target tensor is an expansion of one source tensor, with an index map for each axis, a
-//! scale, and perhaps noise. Loading has identity maps and scale 1. The source is mapped into memory and streamed tensor
-//! by tensor into the state's arenas, wherever they lie; no wide file exists.
+//! scale, and perhaps noise. Loading has identity maps and scale 1; other growth operators have other maps
+//! ([`Growth`]). The source is mapped into memory and streamed tensor by tensor into the state's arenas, wherever they
+//! lie; no wide file exists.
+
+mod plan;
+
+pub use plan::{Growth, RowPlan, Scales, Values};
 
 use crate::{
     DType, Error, Result,
     backend::{Staging, Tensor},
     checkpoint::{CONFIG, MODEL, OPTIMIZER, Reader},
-    config::{Moments, NoiseKind, UpscaleConfig},
+    config::{Moments, NoiseKind},
     data::dataset::TOKENIZER_FILE,
-    dims::{Axis, Dims, Width},
     model::{
         self,
         param::{Init, Kind, Row, Table},
-        spec::{Scaling, Spec},
+        spec::Scaling,
     },
     mup::Ratios,
     ops::{
@@ -104,36 +108,6 @@ impl Origin {
     }
 }
 
-/// A widening, checked against its source.
-#[derive(Clone, Debug)]
-pub struct Growth {
-    /// Multiplicity of each width.
-    pub times: Dims,
-    /// Noise.
-    pub config: UpscaleConfig,
-}
-
-impl Growth {
-    /// Checks a widening of a model. Errors name the width.
-    pub fn new(meaning: &Meaning, config: &UpscaleConfig) -> Result<Self> {
-        let times = config.multiplicities(meaning.spec.dims())?;
-        if meaning.scaling.fixes_head_dim() && times.get(Width::HeadDim) > 1 {
-            let why = "attention is scaled by 1/√head_dim (standard parametrisation, or rules.attention = \
-                       \"inverse-sqrt\"), so a wider head changes the function; grow kv_heads or group instead, or \
-                       train the base with parametrization.kind = \"mup\"";
-            return Err(Error::config("head_dim", times.get(Width::HeadDim), why));
-        }
-        Ok(Self { times, config: config.clone() })
-    }
-
-    /// The wide model.
-    pub fn spec(&self, narrow: &Spec) -> Result<Spec> {
-        let wide = narrow.with_dims(narrow.dims().times(&self.times)?);
-        wide.check()?;
-        Ok(wide)
-    }
-}
-
 /// What the loaded model is: the source's meaning at the target's shape.
 pub fn meaning(origin: &Meaning, growth: Option<&Growth>) -> Result<Meaning> {
     let mut meaning = origin.clone();
@@ -157,31 +131,31 @@ pub fn load<B: Ops>(
 ) -> Result<()> {
     let wide = model::table(&target.spec, &target.scaling);
     let mut staging = Staging::default();
-    let none = Dims::default();
-    let times = growth.map_or(&none, |g| &g.times);
+    let none = Growth::none();
+    let plan = growth.unwrap_or(&none);
+    plan.check_moments(moments)?;
+    let asymmetric = moments == Moments::Asymmetric;
     for (i, row) in wide.rows.iter().enumerate() {
-        let narrow = &origin.table.rows[i];
-        let loader = RowLoader::new(backend, origin, narrow, row, times)?;
+        let loader = RowLoader::new(backend, origin, row, RowPlan::new(plan, &origin.table, &wide, i))?;
         let ratios = Ratios::new(row, &wide.dims, &origin.table.dims, target.scaling.scaled_readout());
         let noise = match growth {
             Some(growth) => loader.noise(backend, &mut staging, growth, &wide, &target.scaling, ratios)?,
             None => None,
         };
         let weights = state.updated_mut().slice_mut(wide.values(i));
-        loader.expand(backend, &mut staging, &row.name, MODEL, weights, ratios.s(), noise.as_ref())?;
+        loader.expand(backend, &mut staging, None, Values::Weights, weights, ratios.s(), noise.as_ref())?;
         // Moments that were reset when the checkpoint was written are zero, as they are in a new state.
         let fresh = origin.progress.position.time == 0 && !origin.has_moments();
-        let (Some(optimizer), Moments::Keep, false) = (optimizer, moments, fresh) else { continue };
+        let (Some(optimizer), false) = (optimizer, fresh || moments == Moments::Reset) else { continue };
         for moment in Moment::ALL.into_iter().filter(|m| m.exists(optimizer, row)) {
             let factors = ratios.factors(optimizer.rule(row));
-            let scale = if moment == Moment::First { factors.first } else { factors.second };
+            let (scale, values) = match moment {
+                Moment::First => (factors.first, Values::First(asymmetric)),
+                Moment::Second | Moment::Maximum => (factors.second, Values::Second(asymmetric)),
+            };
             let Some(arena) = state.moment_mut(moment) else { continue };
             let arena = arena.slice_mut(wide.values(i));
-            let name = moment.name(&row.name);
-            if !origin.reader.contains(&name) {
-                return Err(no_moments(origin, &name));
-            }
-            loader.expand(backend, &mut staging, &name, OPTIMIZER, arena, scale, None)?;
+            loader.expand(backend, &mut staging, Some(moment), values, arena, scale, None)?;
         }
     }
     state.round(backend);
@@ -199,52 +173,67 @@ fn no_moments(origin: &Origin, name: &str) -> Error {
 /// One row on its way from the checkpoint to the device.
 struct RowLoader<'a, B: Ops> {
     origin: &'a Origin,
-    narrow: &'a Row,
     row: &'a Row,
+    plan: RowPlan<'a>,
     rows_map: Tensor<B>,
     columns_map: Tensor<B>,
-    /// Copies of each source column.
-    copies: u32,
 }
 
 impl<'a, B: Ops> RowLoader<'a, B> {
-    fn new(backend: &B, origin: &'a Origin, narrow: &'a Row, row: &'a Row, times: &Dims) -> Result<Self> {
-        let map = |axis: Option<&Axis>| axis.map_or(vec![0], |a| a.repeat(times));
-        let (rows, columns) = (map(narrow.axes.first()), map(narrow.axes.get(1)));
-        let copies = (columns.len() / narrow.columns()) as u32;
-        Ok(Self {
-            origin,
-            narrow,
-            row,
-            rows_map: map_tensor(backend, &rows)?,
-            columns_map: map_tensor(backend, &columns)?,
-            copies,
-        })
+    fn new(backend: &B, origin: &'a Origin, row: &'a Row, plan: RowPlan<'a>) -> Result<Self> {
+        let (rows_map, columns_map) = (map_tensor(backend, &plan.rows)?, map_tensor(backend, &plan.columns)?);
+        Ok(Self { origin, row, plan, rows_map, columns_map })
     }
 
-    /// Writes scale × (copies of the tensor `name`) + noise.
+    /// The source's tensor that most of this row comes from.
+    fn source(&self) -> &'a Row {
+        &self.origin.table.rows[self.plan.parts[0].1]
+    }
+
+    /// Writes scale × (copies of weights, or of a moment) + noise.
     fn expand(
         &self,
         backend: &B,
         staging: &mut Staging<B>,
-        name: &str,
-        file: &str,
-        target: crate::backend::Mut<'_, B>,
+        moment: Option<Moment>,
+        values: Values,
+        mut target: crate::backend::Mut<'_, B>,
         scale: f64,
         noise: Option<&Noise>,
     ) -> Result<()> {
-        let dtype = self.origin.tensor(name, self.narrow, file)?;
-        let bytes = self.origin.reader.read(name, 0..self.narrow.len())?;
-        let source = Source {
-            values: backend.stage(staging, &bytes, dtype)?,
-            columns: self.narrow.columns(),
-            rows_map: self.rows_map.view(),
-            columns_map: self.columns_map.view(),
-            scale,
+        let scales = self.plan.scales(values);
+        let factors = |factors: Option<Vec<f64>>| {
+            factors.map(|f| Tensor::from_bytes(backend, DType::F64, bytemuck::cast_slice(&f))).transpose()
         };
-        backend.expand(target, 0, self.row.columns(), source, noise);
-        drop(bytes);
-        self.origin.reader.release(name)
+        let (rows_scale, columns_scale) = (factors(scales.rows)?, factors(scales.columns)?);
+        let columns = self.row.columns();
+        for (range, source) in &self.plan.parts {
+            let narrow = &self.origin.table.rows[*source];
+            let (part, rest) = target.split(range.len() * columns);
+            target = rest;
+            let (name, file) = match moment {
+                None => (narrow.name.clone(), MODEL),
+                Some(moment) => (moment.name(&narrow.name), OPTIMIZER),
+            };
+            if moment.is_some() && !self.origin.reader.contains(&name) {
+                return Err(no_moments(self.origin, &name));
+            }
+            let dtype = self.origin.tensor(&name, narrow, file)?;
+            let bytes = self.origin.reader.read(&name, 0..narrow.len())?;
+            let source = Source {
+                values: backend.stage(staging, &bytes, dtype)?,
+                columns: narrow.columns(),
+                rows_map: self.rows_map.view(),
+                columns_map: self.columns_map.view(),
+                scale: scale * scales.whole,
+                rows_scale: rows_scale.as_ref().map(Tensor::view),
+                columns_scale: columns_scale.as_ref().map(Tensor::view),
+            };
+            backend.expand(part, range.start * columns, columns, source, noise);
+            drop(bytes);
+            self.origin.reader.release(&name)?;
+        }
+        Ok(())
     }
 
     /// The noise of this row, if it gets any (upscaling.md, "Noise").
@@ -263,12 +252,13 @@ impl<'a, B: Ops> RowLoader<'a, B> {
             return Ok(None);
         }
         let has_input_width = matches!(row.kind, Kind::Hidden | Kind::Readout);
-        let paired = match config.noise_kind {
-            NoiseKind::Paired if has_input_width && self.copies > 1 => Some(self.copies),
+        let copies = (self.plan.columns.len() / self.source().columns()) as u32;
+        let paired = match growth.noise_kind() {
+            NoiseKind::Paired if has_input_width && copies > 1 => Some(copies),
             NoiseKind::Paired => return Ok(None),
             _ => None,
         };
-        let unit = match config.noise_kind {
+        let unit = match growth.noise_kind() {
             NoiseKind::Independent | NoiseKind::Paired => optim::init_std(row, wide, scaling),
             NoiseKind::Relative => ratios.s() * self.root_mean_square(backend, staging)?,
             // The μpscaling code adds its noise, in units of the target's constant deviation, before the 1/k rescale.
@@ -279,8 +269,9 @@ impl<'a, B: Ops> RowLoader<'a, B> {
 
     fn root_mean_square(&self, backend: &B, staging: &mut Staging<B>) -> Result<f64> {
         use crate::backend::{HostBuffer, Stream};
-        let dtype = self.origin.tensor(&self.row.name, self.narrow, MODEL)?;
-        let bytes = self.origin.reader.read(&self.row.name, 0..self.narrow.len())?;
+        let source = self.source();
+        let dtype = self.origin.tensor(&source.name, source, MODEL)?;
+        let bytes = self.origin.reader.read(&source.name, 0..source.len())?;
         let mut out = Tensor::new(backend, DType::F64, 1)?;
         backend.mean_square(out.view_mut(), backend.stage(staging, &bytes, dtype)?);
         let mut host = backend.host(8)?;

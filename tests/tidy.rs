@@ -18,7 +18,7 @@ const LAYERS: [&[&str]; 12] = [
     &["upscale", "widen"],
     &["trainer"],
     &["run"],
-    &["bench", "quickstart", "selftest"],
+    &["bench", "quickstart", "selftest", "transfer"],
     &["commands"],
 ];
 

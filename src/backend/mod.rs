@@ -46,8 +46,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Host: HostBuffer;
     /// A point in a stream that another stream, or the host, can wait for.
     type Event: Send;
-    /// Recorded work; see [`Backend::captured`].
+    /// Recorded work; see [`Backend::begin`].
     type Graph: Default + Send;
+    /// Whether work is recorded.
+    const RECORDS: bool;
 
     /// The device in words, for logs: `CPU, 2 threads`.
     fn describe(&self) -> String;
@@ -55,14 +57,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn compute(&self) -> DType;
     /// Type of statistics that ops keep for backward (means, log-sum-exp, losses per row).
     fn statistics(&self) -> DType;
-    /// Type of the gradients of parameters.
+    /// Type of the gradients of parameters, as backward of a micro-batch writes them.
     fn gradient(&self) -> DType;
     /// Type in which gradients of micro-steps and ranks are summed.
     fn reduction(&self) -> DType;
     /// Type of the copy of the weights that the optimizer updates; none where it updates the weights that the forward
     /// pass reads.
     fn master(&self) -> Option<DType>;
-    /// Type of the optimizer's moments.
+    /// Type of the optimizer's moments; in bf16 they are rounded stochastically.
     fn moment(&self) -> DType;
 
     /// Allocates `bytes` of zeroed memory, aligned to [`ALIGNMENT`]. The error says how much was asked for.
@@ -96,10 +98,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Blocks the host until `event` has passed; reports a fault of the device.
     fn synchronize(&self, event: &Self::Event) -> Result<()>;
 
-    /// Runs `work`, whose ops have the same arguments at every call with the same `graph` (whatever changes from step
-    /// to step is read from device memory). A device with graphs records it once and replays it afterwards; a CPU
-    /// just calls it.
-    fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
+    /// Begins work whose ops have the same arguments at every call with the same `graph` (whatever changes from step to
+    /// step is read from device memory). A device with graphs records it once and replays it afterwards. True: the
+    /// caller shall enqueue the work now, and then call [`Backend::end`] even if that failed. False: it was replayed.
+    fn begin(&self, graph: &mut Self::Graph) -> Result<bool>;
+    /// Ends what [`Backend::begin`] asked for; `worked` is how that went, and what this returns if it failed.
+    fn end(&self, graph: &mut Self::Graph, worked: Result<()>) -> Result<()>;
 
     /// What was measured to choose between ways of computing that round differently, as text to keep with a run. None
     /// where nothing is measured.
@@ -314,6 +318,12 @@ impl<'a, B: Backend> Mut<'a, B> {
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
         Self { address: self.address.offset(range.start * self.dtype.size()), len: range.len(), ..self }
+    }
+
+    /// The same memory as elements of another type, as many as fit. It starts on a border of that type, as tensors do.
+    pub fn retyped(self, dtype: DType) -> Self {
+        let bytes = self.len * self.dtype.size();
+        Self { len: bytes / dtype.size(), dtype, ..self }
     }
 
     /// Two views: the elements before `at`, and the rest.

@@ -8,12 +8,14 @@ macro_rules! say {
 }
 
 mod bench;
+mod compare_growth;
 mod coord_check;
 mod data;
 mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod plan;
 mod quickstart;
 mod report;
 mod selftest;
@@ -72,6 +74,10 @@ enum Command {
     CoordCheck(coord_check::Args),
     /// Train many runs over axes of hyperparameters, packed on the cores or GPUs at hand
     Sweep(sweep::Args),
+    /// Compare growth operators, and training from scratch, on equal tokens and equal FLOPs, from one base
+    CompareGrowth(compare_growth::Args),
+    /// Say what a training will take: parameters, memory, FLOPs, time, tuning, and what is known of such a growth
+    Plan(plan::Args),
     /// Make and look at training data
     #[command(subcommand)]
     Data(data::Command),
@@ -134,6 +140,8 @@ impl Args {
             Command::Report(args) => report::report(args),
             Command::CoordCheck(args) => coord_check::run(args),
             Command::Sweep(args) => sweep::run(args),
+            Command::CompareGrowth(args) => compare_growth::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Data(command) => data::run(command),
             Command::Bench(command) => bench::run(command),
             Command::Doctor(args) => doctor::run(args),

@@ -4,7 +4,7 @@ use super::print_json;
 use crate::{
     DType, Error, Result,
     checkpoint::{CONFIG, STATE, Writer},
-    config::{Device, HeadGrowth, Moments, NoiseKind, Precision, UpscaleConfig},
+    config::{Device, GrowthMethod, HeadGrowth, Moments, NoiseKind, Precision, UpscaleConfig},
     data::dataset::TOKENIZER_FILE,
     model::{self, plan::Plan},
     ops::Ops,
@@ -18,6 +18,12 @@ use std::path::PathBuf;
 /// Multiplicities and noise, as options.
 #[derive(clap::Args)]
 pub struct GrowthArgs {
+    /// What becomes of each tensor
+    #[arg(long, default_value = "mupscale")]
+    method: GrowthMethod,
+    /// Multiply the blocks (stack, llama-pro)
+    #[arg(long, value_name = "K")]
+    layers: Option<usize>,
     /// Multiply residual, ffn and kv_heads (an mlp's hidden layers), keeping group and head_dim
     #[arg(long, value_name = "K")]
     width: Option<usize>,
@@ -56,6 +62,8 @@ pub struct GrowthArgs {
 impl From<GrowthArgs> for UpscaleConfig {
     fn from(a: GrowthArgs) -> Self {
         Self {
+            method: a.method,
+            layers: a.layers,
             width: a.width,
             heads: a.heads,
             residual: a.residual,
@@ -166,7 +174,7 @@ fn write<B: Ops>(
 ) -> Result<Meaning> {
     let wide = upscale::meaning(&origin.meaning, Some(growth))?;
     let table = model::table(&wide.spec, &wide.scaling);
-    let optimizer = (moments == Moments::Keep && origin.has_moments()).then_some(&wide.optimizer);
+    let optimizer = (moments != Moments::Reset && origin.has_moments()).then_some(&wide.optimizer);
     let mut plan = Plan::default();
     let slots = State::plan(backend, &mut plan, &table, optimizer);
     let mut state = State::new(slots, &mut plan.commit(backend)?);

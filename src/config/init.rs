@@ -33,6 +33,44 @@ pub enum Moments {
     Keep,
     /// Zero; t starts anew.
     Reset,
+    /// Taken over for the units that were there, zero for their new copies; t too. It needs a learning rate that is
+    /// warmed up again. (After SPARKLING, arXiv 2602.02472, which resets what is new and warms up the rate of what is
+    /// new; the rate here is that of the whole model.)
+    Asymmetric,
+}
+
+/// What becomes of a tensor when the model grows: each a choice of index maps and factors for one expansion.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum GrowthMethod {
+    /// Every unit repeated; exact for the whole of training without noise (arXiv 2602.10545).
+    #[default]
+    Mupscale,
+    /// Every unit repeated, with noise that cancels over the copies of an input (HyperCloning, arXiv 2409.12903).
+    Hypercloning,
+    /// Units copied at random, what reads them divided by the number of copies (Net2Net, arXiv 1511.05641).
+    Net2net,
+    /// Every unit repeated, the new copies with the weights of the block above (bert2BERT's AKI, arXiv 2110.07143).
+    Aki,
+    /// New units are zero, all then perturbed by the noise (arXiv 2605.13405 studies such an operator).
+    Zero,
+    /// The whole stack of blocks repeated `layers` times (G_stack, arXiv 2405.15319).
+    Stack,
+    /// After each block `layers` − 1 copies of it that add nothing yet (LLaMA-Pro, arXiv 2401.02415, which trains those
+    /// alone; here all is trained).
+    LlamaPro,
+}
+
+impl GrowthMethod {
+    /// Whether it makes more blocks.
+    pub fn deepens(self) -> bool {
+        matches!(self, Self::Stack | Self::LlamaPro)
+    }
+
+    /// The name in configurations.
+    pub fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self).map_or(String::new(), |value| value.get_name().into())
+    }
 }
 
 /// Kind of symmetry-breaking noise (upscaling.md, "Noise").
@@ -54,6 +92,11 @@ pub enum NoiseKind {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UpscaleConfig {
+    /// What becomes of each tensor.
+    pub method: GrowthMethod,
+    /// Times the blocks, for the methods that make more of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
     /// Residual, ffn and kv_heads (or all hidden layers) times this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
@@ -125,8 +168,8 @@ impl UpscaleConfig {
         for (i, &k) in self.hidden.iter().flatten().enumerate() {
             times.set(Width::Hidden(u16::try_from(i + 1).unwrap_or(u16::MAX)), k);
         }
-        if times.iter().next().is_none() {
-            let why = "nothing to widen: give a width, for example width = 2 (or --width 2)";
+        if times.iter().next().is_none() && self.layers.is_none() {
+            let why = "nothing to grow: give a width, for example width = 2 (or --width 2)";
             return Err(Error::config("init.upscale", "", why));
         }
         if !(self.noise >= 0.0 && self.noise.is_finite()) {

@@ -28,6 +28,10 @@ pub struct Source<'a, B: Backend> {
     pub columns_map: Ref<'a, B>,
     /// Factor on every value.
     pub scale: f64,
+    /// f64, one for each row of the target: a further factor on its values. None: 1.
+    pub rows_scale: Option<Ref<'a, B>>,
+    /// f64, one for each column of the target: a further factor on its values. None: 1.
+    pub columns_scale: Option<Ref<'a, B>>,
 }
 
 /// Noise ~ N(0, amount²) to add, a function of (stream, index in the full target tensor).
@@ -46,7 +50,8 @@ pub struct Noise {
 pub trait Expand: Backend {
     /// target[i] = scale · source[map(start + i)] + noise[start + i], for a range of the target that starts at element
     /// `start` of a tensor with `columns` columns. Computed in f64 for an f64 target, otherwise in f32 with no fused
-    /// multiply-add, rounded once to the target's type. The same however the target is cut into ranges.
+    /// multiply-add, rounded once to the target's type. (The factors scale · row's · column's are multiplied in f64, in
+    /// this order.) The same however the target is cut into ranges.
     fn expand(
         &self,
         target: Mut<'_, Self>,
@@ -152,6 +157,8 @@ struct Map<'a, S> {
     source_columns: usize,
     rows: &'a [u32],
     columns: &'a [u32],
+    /// Factors of rows and of columns.
+    scales: [Option<&'a [f64]>; 2],
     /// k, if the columns are those of the source, each repeated k times; else 0.
     repeat: usize,
 }
@@ -161,14 +168,16 @@ impl<'a, S: Float> Map<'a, S> {
         let values = source.values.as_slice();
         let (mut rows, mut columns): (&[u32], &[u32]) = (source.rows_map.as_slice(), source.columns_map.as_slice());
         assert_eq!(columns.len(), target_columns);
+        let mut scales = [source.rows_scale, source.columns_scale].map(|s| s.map(|s| s.as_slice::<f64>()));
         let mut source_columns = source.columns;
         if columns.len() == 1 && source_columns == 1 {
             // A vector is the same in memory as one row, and a row is copied in one go.
             (rows, columns, source_columns) = (&[0], rows, values.len());
+            scales.swap(0, 1);
         }
         let k = columns.len() / source_columns;
         let repeats = k > 0 && columns.iter().enumerate().all(|(j, &c)| c as usize == j / k);
-        Self { values, source_columns, rows, columns, repeat: if repeats { k } else { 0 } }
+        Self { values, source_columns, rows, columns, scales, repeat: if repeats { k } else { 0 } }
     }
 
     fn copies(&self) -> Copies<'a> {
@@ -176,13 +185,21 @@ impl<'a, S: Float> Map<'a, S> {
     }
 
     /// The elements from index `at` of the full target on, times `scale`.
-    fn read<A: Real>(&self, mut at: usize, mut out: &mut [A], scale: f64) {
-        let scale = A::from_f64(scale);
+    fn read<A: Real>(&self, mut at: usize, mut out: &mut [A], whole: f64) {
+        let scale = A::from_f64(whole);
         while !out.is_empty() {
             let (row, column) = (at / self.columns.len(), at % self.columns.len());
             let (segment, rest) = out.split_at_mut(out.len().min(self.columns.len() - column));
             let source = &self.values[self.rows[row] as usize * self.source_columns..][..self.source_columns];
+            let scaled = |part: Option<&[f64]>, i: usize| part.map_or(1.0, |factors| factors[i]);
             vectorize!(match self.repeat {
+                _ if self.scales != [None; 2] => {
+                    let of_row = whole * scaled(self.scales[0], row);
+                    for (j, value) in segment.iter_mut().enumerate() {
+                        let factor = A::from_f64(of_row * scaled(self.scales[1], column + j));
+                        *value = factor * A::from_f64(source[self.columns[column + j] as usize].load());
+                    }
+                }
                 1 => repeat::<1, S, A>(segment, source, column, scale),
                 2 => repeat::<2, S, A>(segment, source, column, scale),
                 3 => repeat::<3, S, A>(segment, source, column, scale),

@@ -74,7 +74,10 @@ pub fn prepare(path: &Path, sets: &[String]) -> Result<Prepared> {
     let data = Data::open(&config.data, Some(&meaning.spec))?;
     agrees(&config, &meaning, &data)?;
     let old = origin.progress.position;
-    let time = if init.moments == Moments::Keep { old.time } else { 0 };
+    if init.moments == Moments::Asymmetric {
+        warms_up(&init, &config)?;
+    }
+    let time = if init.moments == Moments::Reset { 0 } else { old.time };
     let position = if init.keep_position { Position { time, ..old } } else { Position { time, ..Position::default() } };
     if position.step >= config.steps {
         let why =
@@ -83,6 +86,17 @@ pub fn prepare(path: &Path, sets: &[String]) -> Result<Prepared> {
     }
     let start = Start { origin, growth, moments: init.moments, position, resumes: false };
     finish(config, meaning, data, Some(start))
+}
+
+/// New units have no moments yet, so their first steps would be several times too long at the full rate.
+fn warms_up(init: &config::InitConfig, config: &Config) -> Result<()> {
+    let why = match () {
+        () if init.upscale.is_none() => "nothing grows, so nothing is new: use keep or reset, or give init.upscale",
+        () if init.keep_position => "the learning rate must be warmed up again: leave init.continue out",
+        () if config.schedule.warmup == 0 => "the learning rate must be warmed up again: set schedule.warmup",
+        () => return Ok(()),
+    };
+    Err(Error::config("init.moments", "asymmetric", why))
 }
 
 /// Reads a run folder's newest checkpoint, to go on as if nothing had happened.
@@ -132,7 +146,7 @@ pub(super) fn may_change(key: &str) -> bool {
 }
 
 const CHANGEABLE: [&str; 10] =
-    ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
+    ["threads", "device", "graph", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {

@@ -16,6 +16,8 @@ struct Case {
     columns: Vec<u32>,
     source: [usize; 2],
     paired: Option<u32>,
+    /// Whether rows and columns have factors of their own.
+    scaled: bool,
 }
 
 impl Case {
@@ -23,7 +25,11 @@ impl Case {
     fn new([r, c]: [u32; 2], [down, right]: [u32; 2], apart: u32) -> Self {
         let rows = (0..r * down).map(|i| i / down).collect();
         let columns = (0..c * right).map(|j| j / (apart * right) * apart + j % apart).collect();
-        Self { rows, columns, source: [r as usize, c as usize], paired: (right > 1).then_some(right) }
+        Self { rows, columns, source: [r as usize, c as usize], paired: (right > 1).then_some(right), scaled: false }
+    }
+
+    fn scaled(self) -> Self {
+        Self { scaled: true, ..self }
     }
 
     fn noises(&self) -> Vec<Option<Noise>> {
@@ -43,6 +49,10 @@ fn run<B: Expand>(backend: &B, case: &Case, [from, to]: [DType; 2], values: &[f6
     let (columns, len) = (case.columns.len(), case.rows.len() * case.columns.len());
     let values = put(backend, from, values)?;
     let (rows_map, columns_map) = (integers(backend, &case.rows)?, integers(backend, &case.columns)?);
+    let factors = |count: usize| -> Vec<f64> { (0..count).map(|i| (i % 3) as f64 / 3.0).collect() };
+    let tensor = |count| Tensor::from_bytes(backend, DType::F64, bytemuck::cast_slice(&factors(count)));
+    let scales =
+        case.scaled.then(|| Ok::<_, crate::Error>((tensor(case.rows.len())?, tensor(columns)?))).transpose()?;
     let mut all = Vec::new();
     for noise in case.noises() {
         for borders in [&[0, len][..], &[0, len / 3, len / 3 + 1, len - len / 5, len]] {
@@ -54,6 +64,8 @@ fn run<B: Expand>(backend: &B, case: &Case, [from, to]: [DType; 2], values: &[f6
                     rows_map: rows_map.view(),
                     columns_map: columns_map.view(),
                     scale: 1.0 / 3.0,
+                    rows_scale: scales.as_ref().map(|(rows, _)| rows.view()),
+                    columns_scale: scales.as_ref().map(|(_, columns)| columns.view()),
                 };
                 let range = border[0]..border[1];
                 backend.expand(target.slice_mut(range), border[0], columns, source, noise.as_ref());
@@ -90,6 +102,8 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
         Case::new([3, 32], [2, 3], 16),
         Case::new([50, 1], [3, 1], 1),
         Case::new([2, 700], [1, 4], 1),
+        Case::new([5, 37], [2, 2], 1).scaled(),
+        Case::new([50, 1], [3, 1], 1).scaled(),
     ];
     for from in FLOATS {
         let values = agreement.normal(1, 1400, 1.0);

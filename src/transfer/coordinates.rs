@@ -286,7 +286,7 @@ impl<B: Ops> Observer<B> {
 
     /// Shows the values of each layer for the first samples of the training data.
     fn look(&mut self, trainer: &mut Trainer<B>, seen: &mut dyn FnMut(&str, &[f64])) -> Result<()> {
-        trainer.feed.train(&trainer.backend, 0)?;
+        trainer.feed.train(&trainer.backend, [0])?;
         let (backend, host) = (&trainer.backend, &mut self.host);
         let mut show = |name: &str, view: Ref<'_, B>| {
             backend.download(Stream::Compute, view, host, 0);
@@ -297,7 +297,7 @@ impl<B: Ops> Observer<B> {
             seen(name, &values);
             Ok(())
         };
-        let (batch, weights) = (&trainer.feed.batch, trainer.weights());
+        let (batch, weights) = (trainer.feed.batch(0), trainer.weights());
         trainer.network.observe(backend, weights, &mut self.acts, batch, self.micro, &mut self.logits, &mut show)
     }
 }

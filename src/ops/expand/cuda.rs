@@ -13,7 +13,8 @@ use crate::{
 kernels! { "expand":
     PLAIN expand(
         target: Mut, target_type: u32, start: u64, len: u64, values: Ref, source_type: u32, source_columns: u32,
-        rows_map: Ref, columns_map: Ref, columns: u32, scale: f64, drawn: u32, amount: f64, seed: u64, name: u64,
+        rows_map: Ref, columns_map: Ref, columns: u32, scale: f64, rows_scale: Option<Ref>,
+        columns_scale: Option<Ref>, drawn: u32, amount: f64, seed: u64, name: u64,
         given: Option<Ref>, origin: u64,
     );
     PLAIN fill(
@@ -111,6 +112,8 @@ impl Cuda {
             source.columns_map,
             columns as u32,
             source.scale,
+            source.rows_scale,
+            source.columns_scale,
             u32::from(noise.drawn),
             noise.amount,
             noise.key[0],

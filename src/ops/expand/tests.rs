@@ -15,12 +15,14 @@ struct Case<S> {
     source_columns: usize,
     rows: Vec<u32>,
     columns: Vec<u32>,
+    /// Factors of rows and columns.
+    scales: [Option<Vec<f64>>; 2],
 }
 
 impl<S: Float> Case<S> {
     fn new(rows: usize, columns: usize, rows_map: Vec<u32>, columns_map: Vec<u32>) -> Self {
         let values = random(7, rows * columns).into_iter().map(S::store).collect();
-        Self { values, source_columns: columns, rows: rows_map, columns: columns_map }
+        Self { values, source_columns: columns, rows: rows_map, columns: columns_map, scales: [None, None] }
     }
 
     fn len(&self) -> usize {
@@ -33,6 +35,7 @@ impl<S: Float> Case<S> {
         let mut target = tensor(cpu, &nan);
         let (values, rows) = (tensor(cpu, &self.values), tensor(cpu, &self.rows));
         let columns = tensor(cpu, &self.columns);
+        let scales = self.scales.clone().map(|s| s.map(|s| tensor(cpu, &s)));
         for border in borders.windows(2) {
             let source = Source {
                 values: values.view(),
@@ -40,10 +43,18 @@ impl<S: Float> Case<S> {
                 rows_map: rows.view(),
                 columns_map: columns.view(),
                 scale,
+                rows_scale: scales[0].as_ref().map(Tensor::view),
+                columns_scale: scales[1].as_ref().map(Tensor::view),
             };
             cpu.expand(target.slice_mut(border[0]..border[1]), border[0], self.columns.len(), source, noise);
         }
         elements(&target)
+    }
+
+    /// All factors on element i.
+    fn scale(&self, i: usize, whole: f64) -> f64 {
+        let at = [i / self.columns.len(), i % self.columns.len()];
+        (0..2).fold(whole, |scale, axis| scale * self.scales[axis].as_ref().map_or(1.0, |s| s[at[axis]]))
     }
 
     /// The value that element i copies.
@@ -56,6 +67,7 @@ impl<S: Float> Case<S> {
         let (scale, len) = (1.0 / 3.0, self.len());
         let result = self.run::<f32, T>(cpu, &[0, len / 3, len / 3 + 1, len], scale, noise);
         for (i, &value) in result.iter().enumerate() {
+            let scale = self.scale(i, scale);
             let mut normal = [0.0];
             let amount = noise.map_or(0.0, |n| {
                 n.stream.normal_fill(i as u64, &mut normal);
@@ -96,7 +108,11 @@ fn every_target<S: Float>() {
         // Over several blocks, and not in step with them.
         Case::new(3, 4099, repeated(3, 1), repeated(4099, 3)),
     ];
-    for case in cases.iter().chain(&others) {
+    let factors = |n: usize| Some((0..n).map(|i| (i % 3) as f64 / 7.0).collect::<Vec<_>>());
+    let mut scaled = [Case::new(4, 33, shuffled(4), shuffled(33)), Case::new(50, 1, repeated(50, 3), vec![0])];
+    scaled.iter_mut().for_each(|case| case.scales = [factors(case.rows.len()), factors(case.columns.len())]);
+    scaled[1].scales[1] = None;
+    for case in cases.iter().chain(&others).chain(&scaled) {
         for noise in [None, Some(&noise(0.25, None))] {
             case.assert_definition::<f64>(&cpu, noise);
             case.assert_definition::<f32>(&cpu, noise);
