@@ -24,6 +24,7 @@ pub mod pieces;
 pub mod rotary;
 pub mod scalars;
 mod softmax;
+mod stochastic;
 
 #[cfg(test)]
 mod tests;
