@@ -93,9 +93,11 @@ FAR(add_up) {
     u32 width = 1u << 31;
     Far &first = run.output(width, 4), &partials = run.input(6ull * width, 4);
     for (u64 row = 1; row < 6; row++) partials.open(row * width - WARP, WARP);
+    partials.at<f32>(6ull * width - 1) = 1;
     run.last(1, dim3(width / WARP), 1024, 0, {first, nullptr, partials, u64(6), width});
     Far& second = run.output(width, 4);
     run.last(1, dim3(width / WARP, 2), 1024, 0, {first, second, partials, u64(3), width});
+    EXPECT(first.at<f32>(width - 1) == 1 && second.at<f32>(width - 1) == 1);
 }
 FAR(norm_add) {
     Far &y = run.output(MANY), &x = run.input(MANY), &branch = run.input(MANY);
