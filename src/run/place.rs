@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, KeptIn, Precision},
+    config::{Config, Device, KeptIn, Precision, Recording},
     ops::Ops,
 };
 
@@ -44,12 +44,13 @@ impl Place {
     /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
     /// a GPU of its own: that of its number, or the only one that is shown to it.
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, eager, autotune, .. } = *config;
+        let Config { device, precision, mut threads, graph, autotune, .. } = *config;
         let local = world.local_world;
         if threads == 0 && local > 1 {
             threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
         let (gradients, moments) = (config.memory.gradients, config.memory.moments);
+        let eager = graph == Recording::None;
         let place = Self { device, precision, gradients, moments, threads, eager, autotune, ordinal: 0 };
         if !place.on_gpu()? {
             return Ok(Self { device: Device::Cpu, ..place });
@@ -79,7 +80,8 @@ impl Place {
                 work.on(Cpu::<f32>::new(self.threads)?.with_moments(self.moments.dtype()))
             }
             Precision::F64 if self.moments == KeptIn::Bf16 => {
-                let why = "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
+                let why =
+                    "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
                 Err(Error::config("memory.moments", "bf16", why))
             }
             Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
