@@ -4,7 +4,7 @@ use super::print_json;
 use crate::{
     Result,
     bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
-    config::Recording,
+    config::{KeptIn, Recording},
     model::decoder::Recompute,
     report::{human, table::Table},
     run::Place,
@@ -20,6 +20,23 @@ pub enum Command {
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
+}
+
+/// What gradients and moments are kept in, as in `[memory]`.
+#[derive(clap::Args)]
+struct KeptArgs {
+    /// Type of gradients
+    #[arg(long, default_value = "f32")]
+    gradients: KeptIn,
+    /// Type of moments
+    #[arg(long, default_value = "f32")]
+    moments: KeptIn,
+}
+
+impl KeptArgs {
+    fn at(&self, place: Place) -> Place {
+        Place { gradients: self.gradients, moments: self.moments, ..place }
+    }
 }
 
 /// Arguments of `bench ops`.
@@ -39,6 +56,8 @@ pub struct OpsArgs {
     /// On a GPU, apply GELU and sum bias gradients in kernels of their own
     #[arg(long)]
     unfused: bool,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -64,6 +83,8 @@ pub struct TrainArgs {
     /// On a GPU, apply GELU and sum bias gradients in kernels of their own
     #[arg(long)]
     unfused: bool,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// What a GPU records of a step
     #[arg(long, default_value = "auto")]
     graph: Recording,
@@ -113,8 +134,9 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
-    let OpsArgs { preset, batch, only, place, unfused, json } = args;
-    let speed = bench::ops(Place { unfused, ..place.place() }, OpsBench { preset, batch, only })?;
+    let OpsArgs { preset, batch, only, place, kept, unfused, json } = args;
+    let place = Place { unfused, ..kept.at(place.place()) };
+    let speed = bench::ops(place, OpsBench { preset, batch, only })?;
     if json {
         return print_json(&speed);
     }
@@ -132,7 +154,7 @@ fn ops(args: OpsArgs) -> Result<()> {
 fn train(args: TrainArgs) -> Result<()> {
     let TrainArgs { preset, batch, steps, recompute, unfused, graph, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
-    let place = Place { eager: graph == Recording::None, unfused, ..args.place.place() };
+    let place = Place { eager: graph == Recording::None, unfused, ..args.kept.at(args.place.place()) };
     let speed = bench::train(place, bench)?;
     if args.json {
         return print_json(&speed);

@@ -82,7 +82,8 @@ impl Place {
                 work.on(Cpu::<f32>::new(self.threads)?.with_moments(self.moments.dtype()))
             }
             Precision::F64 if self.moments == KeptIn::Bf16 => {
-                let why = "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
+                let why =
+                    "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
                 Err(Error::config("memory.moments", "bf16", why))
             }
             Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
