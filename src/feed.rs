@@ -8,6 +8,7 @@ use crate::{
         Batch, MicroBatch,
         plan::{Plan, Planned, Slot},
     },
+    trace::{self, Lane},
 };
 
 /// A micro-batch on the host.
@@ -219,7 +220,9 @@ impl<B: Backend> Feed<B> {
 
     /// Brings the training samples from global index `first` on to the device.
     pub fn train(&mut self, backend: &B, first: u64) -> Result<()> {
+        let reading = trace::span(Lane::Host, "read a batch");
         self.samples.train(first, &mut self.host);
+        drop(reading);
         self.upload(backend)
     }
 
@@ -236,6 +239,7 @@ impl<B: Backend> Feed<B> {
         if let Some(event) = busy.take() {
             backend.synchronize(&event)?;
         }
+        let _copy = backend.span(Stream::Compute, Lane::Copy, "batch to the device");
         let batch = &mut self.batch;
         let mut at = 0;
         let mut put = |from: &[u8], to: &mut Tensor<B>| {

@@ -27,6 +27,7 @@ use crate::{
     },
     schedule,
     state::{Meaning, Position, State, StateSlots},
+    trace::{self, Lane},
 };
 use std::{collections::VecDeque, time::Instant};
 
@@ -193,6 +194,7 @@ impl<B: Ops> Trainer<B> {
     pub fn collect(&mut self) -> Result<Option<StepResult>> {
         let Some(mut pending) = self.ring.pop_front() else { return Ok(None) };
         if let Some(event) = pending.event.take() {
+            let _wait = trace::span(Lane::Host, "wait for results");
             self.backend.synchronize(&event)?;
         }
         let get = |scalar| scalars::get(pending.results.bytes(), scalar);
@@ -302,6 +304,7 @@ impl<B: Ops> Trainer<B> {
         } = self;
         let table = network.table();
         backend.captured(&mut graphs.1, || {
+            let _update = backend.span(Stream::Compute, Lane::Compute, "update");
             let count = pieces.list.len();
             backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
             backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);

@@ -34,18 +34,36 @@ pub trait Work {
     type Output;
     /// Does it.
     fn on<B: Ops>(self, backend: B) -> Result<Self::Output>;
+    /// There is no backend, and why. Gives the error to end with.
+    fn refused(self, error: Error) -> Error
+    where
+        Self: Sized,
+    {
+        error
+    }
+}
+
+fn attempt<W: Work, B: Ops>(work: W, backend: Result<B>) -> Result<W::Output> {
+    match backend {
+        Ok(backend) => work.on(backend),
+        Err(error) => Err(work.refused(error)),
+    }
 }
 
 impl Place {
-    /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
-    /// a GPU of its own: that of its number, or the only one that is shown to it.
+    /// What a configuration means for one of the ranks of a host; see [`Self::among`].
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, eager, autotune, .. } = *config;
-        let local = world.local_world;
-        if threads == 0 && local > 1 {
-            threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
+        let Config { device, precision, threads, eager, autotune, .. } = *config;
+        Self { device, precision, threads, eager, autotune, ordinal: 0 }.among(world)
+    }
+
+    /// The part of one of the ranks of a host: `auto` is decided, cores are shared, and each rank has a GPU of its own:
+    /// that of its number, or the only one that is shown to it.
+    pub fn among(self, world: &World) -> Result<Self> {
+        let (local, mut place) = (world.local_world, self);
+        if place.threads == 0 && local > 1 {
+            place.threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
-        let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
         if !place.on_gpu()? {
             return Ok(Self { device: Device::Cpu, ..place });
         }
@@ -62,14 +80,14 @@ impl Place {
 
     /// Does something on the backend that this place means.
     pub fn run<W: Work>(self, work: W) -> Result<W::Output> {
-        if self.on_gpu()? {
-            return work.on(self.gpu()?);
-        }
-        match self.precision {
-            Precision::Auto | Precision::F32 => work.on(Cpu::<f32>::new(self.threads)?),
-            Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
-            Precision::Bf16 => {
-                Err(Error::config("precision", "bf16", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda"))
+        match (self.on_gpu(), self.precision) {
+            (Err(error), _) => Err(work.refused(error)),
+            (Ok(true), _) => attempt(work, self.gpu()),
+            (_, Precision::Auto | Precision::F32) => attempt(work, Cpu::<f32>::new(self.threads)),
+            (_, Precision::F64) => attempt(work, Cpu::<f64>::new(self.threads)),
+            (_, Precision::Bf16) => {
+                let why = "is for GPUs: use f32 (or auto) on a CPU, or --device cuda";
+                Err(work.refused(Error::config("precision", "bf16", why)))
             }
         }
     }

@@ -2,7 +2,11 @@
 #![allow(unsafe_code, reason = "captures streams")]
 
 use super::{Cuda, driver::cuda};
-use crate::{Result, backend::Stream};
+use crate::{
+    Result,
+    backend::{Backend, Stream},
+    trace::Lane,
+};
 use cudarc::driver::sys;
 use std::ptr;
 
@@ -47,6 +51,7 @@ impl Cuda {
             Graph::Ready(_) => {}
         }
         let Graph::Ready(recorded) = graph else { unreachable!("recorded above") };
+        let _span = self.span(Stream::Compute, Lane::Compute, "recorded work");
         // SAFETY: a live graph and a live stream.
         cuda!(cuGraphLaunch(recorded.0, self.queue(Stream::Compute).raw))
     }
@@ -56,7 +61,9 @@ impl Cuda {
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a live stream that is not being captured.
         cuda!(cuStreamBeginCapture_v2(stream, mode))?;
+        self.clock.recording(true);
         let worked = work().and_then(|()| self.fault());
+        self.clock.recording(false);
         let mut graph = ptr::null_mut();
         // SAFETY: the capture begun above; ended also when the work failed, so that the stream can be used again.
         let ended = cuda!(cuStreamEndCapture(stream, &mut graph));

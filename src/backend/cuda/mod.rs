@@ -5,6 +5,7 @@
 //!                  → gemm (cuBLASLt)                            ops/linear, head, muon
 //!                  → graph (capture and replay)                 trainer::micro_step, update
 //!                  → nccl (sums over ranks)                     comm::Comm
+//!                  → clock (when work ran)                      trace
 //! ```
 //!
 //! Calls enqueue work and return nothing: what fails is kept, and told by the next [`Backend::synchronize`], as a
@@ -13,6 +14,7 @@
 //! are f32 with either.
 #![allow(unsafe_code, reason = "allocates and copies through the driver")]
 
+mod clock;
 pub mod driver;
 mod gemm;
 mod graph;
@@ -34,7 +36,9 @@ use super::{ALIGNMENT, Address, Backend, HostBuffer, Mut, Ref, Staging, Stream, 
 use crate::{
     DType, Error, Result,
     comm::{Comm, tcp::Tree},
+    trace::Stamp,
 };
+use clock::Clock;
 use driver::{Context, EventPool, Queue, cuda};
 use gemm::Products;
 use module::Modules;
@@ -74,6 +78,7 @@ pub struct Cuda {
     bounce: Mutex<Option<[Bounce; 2]>>,
     queues: [Queue; 3],
     events: Arc<EventPool>,
+    clock: Clock,
     fault: Mutex<Option<Error>>,
     allocated: Arc<AtomicUsize>,
     context: Arc<Context>,
@@ -111,6 +116,7 @@ impl Cuda {
             bounce: Mutex::default(),
             queues,
             events: Arc::default(),
+            clock: Clock::default(),
             fault: Mutex::default(),
             allocated,
             context,
@@ -438,6 +444,10 @@ impl Backend for Cuda {
         }
     }
 
+    fn stamp(&self, stream: Stream) -> Option<Stamp> {
+        self.clock_stamp(stream)
+    }
+
     fn wait(&self, stream: Stream, event: &Event) {
         self.note(event.hold(self.queue(stream)));
     }
@@ -455,12 +465,15 @@ impl Backend for Cuda {
     }
 
     fn tuning(&self) -> Option<String> {
-        let products = self.products();
-        products.tuning.as_ref().and_then(|tuning| serde_json::to_string_pretty(tuning).ok())
+        self.products().tuning()
     }
 
     fn tune(&self, text: &str) -> bool {
-        self.products().tuning.as_mut().is_none_or(|tuning| tuning.take_over(text))
+        self.products().tune(text)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.measure_products()
     }
 
     fn captured(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -469,6 +482,7 @@ impl Backend for Cuda {
     }
 
     fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        self.products().wait();
         Ok(Box::new(Nccl::new(self, tree)?))
     }
 }
