@@ -5,7 +5,7 @@
 use crate::{
     DType, Error, Result,
     backend::{Backend, HostBuffer, Stream, Tensor},
-    comm::Comm,
+    comm::{Comm, environment::Master},
     config::Device,
     model::float_tensor,
     ops::Ops,
@@ -36,7 +36,7 @@ pub struct CommBench {
 pub struct CommSpeed {
     /// Rank 0's device in words.
     pub device: String,
-    /// What carries the values: `nccl` or `tcp`.
+    /// What carries the values: `nccl` or `tcp`; `nothing` for a process that no launcher started.
     pub over: &'static str,
     /// Ranks.
     pub ranks: usize,
@@ -78,7 +78,11 @@ pub fn comm(place: Place, bench: CommBench) -> Result<Option<CommSpeed>> {
     let rank = ranks.world.rank;
     let speed = match place.among(&ranks.world) {
         Ok(place) => {
-            let over = if place.device == Device::Cuda { "nccl" } else { "tcp" };
+            let over = match place.device {
+                _ if ranks.world.master == Master::Alone => "nothing",
+                Device::Cuda => "nccl",
+                _ => "tcp",
+            };
             place.run(Measuring { bench, ranks, over })
         }
         Err(error) => Err(ranks.refuse(error)),

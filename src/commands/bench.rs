@@ -136,7 +136,7 @@ fn comm(args: CommArgs) -> Result<()> {
         return print_json(&speed);
     }
     let (ranks, here) = (speed.ranks, speed.ranks_on_host);
-    say!("{ranks} ranks, {here} on a host, over {}; {}, values of {}", speed.over, speed.device, speed.dtype)?;
+    say!("ranks: {ranks}, on a host {here}, over {}; {}; values of {}", speed.over, speed.device, speed.dtype)?;
     let mut table = Table::new(["operation", "size", "ms", "algorithm GB/s", "bus GB/s"]);
     for size in &speed.sizes {
         let [ms, algorithm, bus] = [size.ms, size.algorithm_gb_per_second, size.bus_gb_per_second];

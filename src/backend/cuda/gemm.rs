@@ -3,7 +3,7 @@
 //! cuBLASLt's matrices are column-major. A row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ over the same memory, so the
 //! operands change places. A shape's algorithm is the first one that the library's heuristic offers, among those whose
 //! sums have a fixed order, or with `autotune` the fastest of the first eight; it is chosen at the shape's first use and
-//! kept. Products of f32 never use TF32.
+//! kept; of several ranks one measures for all. Products of f32 never use TF32.
 #![allow(unsafe_code, reason = "calls cuBLASLt")]
 
 use super::{Cuda, Memory, library, tuning::Tuning};

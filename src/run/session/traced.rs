@@ -10,7 +10,9 @@ impl<B: Ops> Session<B> {
         if self.begun == *request.steps.0.start() {
             // What is under way would be seen in part only.
             self.flush()?;
-            self.trainer.comm.exchange(&[])?;
+            // A file that cannot be written is found before there is something to lose.
+            let file = if self.files.is_some() { trace::write(&request.file, &[]) } else { Ok(()) };
+            agree(&*self.trainer.comm, file)?;
             trace::begin();
         } else if self.begun > *request.steps.0.end() {
             self.end_trace()?;
@@ -20,7 +22,13 @@ impl<B: Ops> Session<B> {
 
     /// Ends the trace, if there is one under way, and lets rank 0 write it.
     pub(super) fn end_trace(&mut self) -> Result<()> {
-        let Some(request) = trace::requested().filter(|_| trace::is_on()) else { return Ok(()) };
+        let Some(request) = trace::requested() else { return Ok(()) };
+        if !trace::is_on() {
+            if self.begun < *request.steps.0.start() {
+                self.say(&format!("no trace: {} steps were made, --trace-steps is {}", self.begun, request.steps));
+            }
+            return Ok(());
+        }
         self.flush()?;
         let trainer = &self.trainer;
         let mine = trace::end(trainer.comm.rank(), &trainer.backend.describe());
