@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, Precision},
+    config::{Config, Device, Precision, Recording},
     ops::Ops,
 };
 
@@ -53,7 +53,8 @@ fn attempt<W: Work, B: Ops>(work: W, backend: Result<B>) -> Result<W::Output> {
 impl Place {
     /// What a configuration means for one of the ranks of a host; see [`Self::among`].
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, threads, eager, autotune, .. } = *config;
+        let Config { device, precision, threads, graph, autotune, .. } = *config;
+        let eager = graph == Recording::None;
         Self { device, precision, threads, eager, autotune, ordinal: 0 }.among(world)
     }
 

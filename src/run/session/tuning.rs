@@ -40,6 +40,9 @@ impl<B: Ops> Session<B> {
         let why =
             || format!("rank {rank} has another GPU or cuBLASLt than rank 0, which measures for all: leave it out");
         agree(&**comm, if taken { Ok(()) } else { Err(Error::config("autotune", true, why())) })?;
+        // A step of many micro-batches records some of them already.
+        self.trainer.forget_recordings();
+        let backend = &self.trainer.backend;
         tracing::debug!("algorithms: {}", backend.tuning().unwrap_or_default());
         Ok(())
     }
