@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, Precision, Recording},
+    config::{Config, Device, KeptIn, Precision, Recording},
     ops::Ops,
 };
 
@@ -18,6 +18,10 @@ pub struct Place {
     pub device: Device,
     /// Type of activations and of the weights that they are computed from.
     pub precision: Precision,
+    /// Type of the gradients of a micro-batch.
+    pub gradients: KeptIn,
+    /// Type of moments.
+    pub moments: KeptIn,
     /// CPU threads; 0: all cores.
     pub threads: usize,
     /// On a GPU, launch every kernel by itself.
@@ -55,7 +59,8 @@ impl Place {
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
         let Config { device, precision, threads, graph, autotune, .. } = *config;
         let eager = graph == Recording::None;
-        Self { device, precision, threads, eager, autotune, ordinal: 0 }.among(world)
+        let (gradients, moments) = (config.memory.gradients, config.memory.moments);
+        Self { device, precision, gradients, moments, threads, eager, autotune, ordinal: 0 }.among(world)
     }
 
     /// The part of one of the ranks of a host: `auto` is decided, cores are shared, and each rank has a GPU of its own:
@@ -84,13 +89,30 @@ impl Place {
         match (self.on_gpu(), self.precision) {
             (Err(error), _) => Err(work.refused(error)),
             (Ok(true), _) => attempt(work, self.gpu()),
-            (_, Precision::Auto | Precision::F32) => attempt(work, Cpu::<f32>::new(self.threads)),
-            (_, Precision::F64) => attempt(work, Cpu::<f64>::new(self.threads)),
-            (_, Precision::Bf16) => {
-                let why = "is for GPUs: use f32 (or auto) on a CPU, or --device cuda";
-                Err(work.refused(Error::config("precision", "bf16", why)))
+            (Ok(false), Precision::F64) => attempt(work, self.fits_cpu().and_then(|()| Cpu::<f64>::new(self.threads))),
+            (Ok(false), _) => {
+                let cpu = self.fits_cpu().and_then(|()| Cpu::<f32>::new(self.threads));
+                attempt(work, cpu.map(|cpu| cpu.with_moments(self.moments.dtype())))
             }
         }
+    }
+
+    /// Whether a CPU computes in the types that were asked for.
+    fn fits_cpu(self) -> Result<()> {
+        let (field, why) = match self {
+            Self { gradients: KeptIn::Bf16, .. } => {
+                ("memory.gradients", "is for GPUs: use f32 on a CPU (--set memory.gradients=f32), or --device cuda")
+            }
+            Self { precision: Precision::Bf16, .. } => {
+                ("precision", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda")
+            }
+            Self { precision: Precision::F64, moments: KeptIn::Bf16, .. } => (
+                "memory.moments",
+                "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32",
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::config(field, "bf16", why))
     }
 
     /// The GPU.
@@ -102,8 +124,13 @@ impl Place {
                 return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
             }
         };
+        let (gradient, moment) = (self.gradients.dtype(), self.moments.dtype());
+        if gradient == DType::BF16 && compute != DType::BF16 {
+            let why = "goes with precision bf16: products of f32 give f32 only; set it to f32, or precision to bf16";
+            return Err(Error::config("memory.gradients", "bf16", why));
+        }
         let Self { ordinal, eager, autotune, .. } = self;
-        Cuda::new(cuda::Options { ordinal, compute, eager, autotune })
+        Cuda::new(cuda::Options { ordinal, compute, gradient, moment, eager, autotune })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an
