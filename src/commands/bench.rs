@@ -3,8 +3,9 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
+    bench::{self, CommBench, OpsBench, Preset, TrainBench, UpscaleBench},
     config::{KeptIn, Recording},
+    machine,
     model::decoder::Recompute,
     report::{human, table::Table},
     run::Place,
@@ -20,6 +21,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
+    /// Time sums over ranks: start it as the ranks of a run are, `mupscale-launch … mupscale bench comm`
+    Comm(CommArgs),
 }
 
 /// What gradients and moments are kept in, as in `[memory]`.
@@ -125,12 +128,50 @@ pub struct UpscaleArgs {
     json: bool,
 }
 
+/// Arguments of `bench comm`.
+#[derive(clap::Args)]
+pub struct CommArgs {
+    /// Bytes of a rank's values, at first; each further size is four times as large
+    #[arg(long, default_value_t = 64 << 10)]
+    smallest: usize,
+    /// Bytes, at most
+    #[arg(long, default_value_t = 256 << 20)]
+    largest: usize,
+    /// Calls to time at each size, after 3 that are not
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    calls: u32,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Ops(args) => ops(args),
         Command::Train(args) => train(args),
         Command::Upscale(args) => upscale(args),
+        Command::Comm(args) => comm(args),
     }
+}
+
+fn comm(args: CommArgs) -> Result<()> {
+    let CommArgs { smallest, largest, calls, place, json } = args;
+    let bench = CommBench { smallest, largest, calls: calls as usize };
+    let Some(speed) = bench::comm(place.place(), bench)? else { return Ok(()) };
+    if json {
+        return print_json(&speed);
+    }
+    let (ranks, here) = (speed.ranks, speed.ranks_on_host);
+    say!("ranks: {ranks}, on a host {here}, over {}; {}; values of {}", speed.over, speed.device, speed.dtype)?;
+    let mut table = Table::new(["operation", "size", "ms", "algorithm GB/s", "bus GB/s"]);
+    for size in &speed.sizes {
+        let [ms, algorithm, bus] = [size.ms, size.algorithm_gb_per_second, size.bus_gb_per_second];
+        let cells = [format!("{ms:.3}"), format!("{algorithm:.3}"), format!("{bus:.3}")];
+        table.row([size.operation.to_string(), machine::size(size.bytes)].into_iter().chain(cells));
+    }
+    super::print(table)
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
