@@ -1,10 +1,12 @@
-//! Measurements of speed that anyone can repeat: each op, a training step, and widening.
+//! Measurements of speed that anyone can repeat: each op, a training step, widening, and sums over ranks.
 
+mod comm;
 mod ops;
 mod preset;
 mod train;
 mod upscale;
 
+pub use comm::{CommBench, CommSpeed, SizeSpeed, comm};
 pub use ops::{OpSpeed, OpsBench, OpsSpeed, ops};
 pub use preset::Preset;
 pub use train::{Hotspot, TrainBench, TrainSpeed, train};

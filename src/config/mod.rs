@@ -288,7 +288,7 @@ pub struct MemoryConfig {
 }
 
 /// A type that something is kept in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum KeptIn {
     /// 32-bit floats (64-bit with `precision = "f64"`).

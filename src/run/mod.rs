@@ -23,7 +23,7 @@ pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
 pub use ranks::Ranks;
 pub use session::{Outcome, train};
 
-use crate::{Result, ops::Ops, report::progress::Show};
+use crate::{Error, Result, ops::Ops, report::progress::Show};
 use std::path::{Path, PathBuf};
 
 /// File names in a run folder.
@@ -65,6 +65,10 @@ impl Work for Training {
 
     fn on<B: Ops>(self, backend: B) -> Result<Outcome> {
         train(backend, self.ranks, self.prepared, self.force, self.show)
+    }
+
+    fn refused(self, error: Error) -> Error {
+        self.ranks.refuse(error)
     }
 }
 

@@ -1,5 +1,8 @@
 //! A run under way: steps, metrics, validation, checkpoints, signals.
 
+mod traced;
+mod tuning;
+
 use super::{
     CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
     prepare::Start,
@@ -20,6 +23,7 @@ use crate::{
         tensorboard,
     },
     state::{Meaning, Position, Progress as Saved},
+    trace::{self, Lane},
     trainer::{self, Bad, StepResult, Trainer},
     upscale,
 };
@@ -66,7 +70,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
     if resumes {
-        take_over_tuning(&trainer.backend, &config.run)?;
+        tuning::take_over(&trainer.backend, &config.run)?;
     }
     let loaded = load(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
@@ -88,6 +92,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         saved: None,
         validated: None,
         loss: f64::NAN,
+        begun: 0,
     };
     session.announce(&world);
     let outcome = session.run();
@@ -198,6 +203,8 @@ struct Session<B: Ops> {
     saved: Option<u64>,
     validated: Option<(u64, f64)>,
     loss: f64,
+    /// Steps that this process has begun.
+    begun: u64,
 }
 
 impl<B: Ops> Session<B> {
@@ -248,9 +255,12 @@ impl<B: Ops> Session<B> {
 
     fn run(&mut self) -> Result<Outcome> {
         while self.trainer.position.step < self.config.steps {
+            self.begun += 1;
+            self.trace()?;
             if let Some(result) = self.trainer.step()? {
                 self.record(result)?;
             }
+            self.choose_algorithms()?;
             let step = self.trainer.position.step;
             let stop = self.trainer.comm.any(self.stop.load(Ordering::Relaxed))?;
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
@@ -262,6 +272,7 @@ impl<B: Ops> Session<B> {
             }
             // A signal during the last step finds nothing to interrupt.
             if stop && step < self.config.steps {
+                self.end_trace()?;
                 return Err(Error::Interrupted {
                     step,
                     checkpoint: self.checkpoint(step),
@@ -269,6 +280,7 @@ impl<B: Ops> Session<B> {
                 });
             }
         }
+        self.end_trace()?;
         if self.config.validation.every > 0 {
             self.validate()?;
         }
@@ -373,6 +385,7 @@ impl<B: Ops> Session<B> {
     /// Rank 0 writes; all go on once it has.
     fn write_checkpoint(&mut self) -> Result<()> {
         self.trainer.position.seconds = self.seconds();
+        let _saving = trace::span(Lane::Saving, "checkpoint");
         let written = self.files.as_ref().map_or(Ok(()), |files| self.write_to(&files.store));
         agree(&*self.trainer.comm, written)?;
         self.saved = Some(self.trainer.position.step);
@@ -401,22 +414,6 @@ impl<B: Ops> Session<B> {
         self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
         writer.commit()
     }
-}
-
-/// Goes on with the algorithms that the run has used so far.
-fn take_over_tuning<B: Ops>(backend: &B, run: &Path) -> Result<()> {
-    let path = run.join(TUNING_FILE);
-    if !path.exists() {
-        return Ok(());
-    }
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    if !backend.tune(&text) {
-        tracing::warn!(
-            "{}: measured on another device or with another library: measured anew, results may differ in their last bits",
-            path.display()
-        );
-    }
-    Ok(())
 }
 
 /// A run folder that is made anew must not hold the checkpoint that the run starts from.
