@@ -82,6 +82,7 @@ fn how_a_step_runs_changes_no_bit() {
     assert!(train("eager", "--set eager=true", &[]) == recorded, "eager differs");
     assert!(train("lazy", "", &[("STREAMS", "lazy"), ("SEED", "5")]) == recorded, "lazy streams differ");
     assert!(train("block", "--set memory.recompute=block", &[]) == recorded, "recomputing differs");
+    assert!(train("writing", "--set samples.every=4 --set samples.tokens=2", &[]) == recorded, "writing texts differs");
     assert!(train("small", "", &[("MULTIPROCESSORS", "3")]) == recorded, "a smaller GPU differs");
 }
 
