@@ -4,7 +4,10 @@ use super::{ActivationSlots, Activations, Decoder, forward::Pass};
 use crate::{
     DType, Result,
     backend::{Backend, HostBuffer, Stream, Tensor},
-    model::{Batch, MicroBatch, Weights, plan::{Plan, Slot}},
+    model::{
+        Batch, MicroBatch, Weights,
+        plan::{Plan, Slot},
+    },
     ops::Ops,
 };
 
