@@ -134,7 +134,7 @@ pub(super) fn may_change(key: &str) -> bool {
 const CHANGEABLE: [&str; 11] = [
     "threads",
     "device",
-    "eager",
+    "graph",
     "on_nan",
     "checkpoint",
     "validation",
