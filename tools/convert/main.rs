@@ -43,7 +43,7 @@ use std::{
 
 /// Convert checkpoints between mupscale, Hugging Face and llm.c
 #[derive(Parser)]
-#[command(name = "mupscale-convert", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "mupscale-convert", version = env!("MUPSCALE_VERSION"), propagate_version = true, max_term_width = 100)]
 struct Args {
     #[command(subcommand)]
     command: Command,
