@@ -314,3 +314,14 @@ fn a_closed_pipe_ends_quietly() {
         assert_eq!(output.status.code(), Some(141), "{line}");
     }
 }
+
+#[test]
+fn bad_lines_are_counted_in_the_result() {
+    let place = Place::empty();
+    place.write("lines.jsonl", "{\"text\": \"one\"}\n{broken\n{\"text\": \"two\"}\n{\"text\": 3}\n");
+    place.refuses("data tokenize lines.jsonl --out data", &["lines.jsonl", "line 2"]);
+    let said = place.ok("data tokenize lines.jsonl --out data --skip-bad --json");
+    assert_eq!((&said.json()["skipped_lines"], &said.json()["text_bytes"]), (&2.into(), &6.into()));
+    let shown = place.ok("data inspect data").out;
+    assert!(shown.contains("bytes_per_token = 1.0") && shown.contains("share"), "{shown}");
+}

@@ -5,8 +5,10 @@ mod tuning;
 
 use super::{
     CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
+    folder::{new_run_folder, refuse_run_around_source},
     prepare::Start,
     ranks::{Ranks, agree},
+    samples::Sampler,
 };
 use crate::{
     DType, Error, Result,
@@ -15,12 +17,14 @@ use crate::{
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
     machine::{self, size},
-    model::{Network, decoder::Recompute},
+    model::{
+        Network,
+        decoder::{Generator, Recompute},
+    },
     ops::Ops,
     report::{
-        metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
+        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress, Show},
-        tensorboard,
     },
     state::{Meaning, Position, Progress as Saved},
     trace::{self, Lane},
@@ -74,6 +78,11 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     }
     let loaded = load(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
+    let sampler = match world.rank {
+        0 => Sampler::new(&trainer, &config, &meaning, tokenizer.as_deref()),
+        _ => Ok(None),
+    };
+    let sampler = agree(&*trainer.comm, sampler)?;
     let opened = match world.rank {
         0 => Files::open(&config, trainer.position, resumes, force, show).map(Some),
         _ => Ok(None),
@@ -87,6 +96,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         meaning,
         tokenizer,
         files,
+        sampler,
         stop,
         clock,
         saved: None,
@@ -131,6 +141,8 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
+    let writing = network.decoder().filter(|_| config.samples.every > 0).map_or(0, |d| Generator::memory(backend, d));
+    let limit = limit.saturating_sub(writing);
     let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, 1, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
@@ -197,6 +209,7 @@ struct Session<B: Ops> {
     meaning: Meaning,
     tokenizer: Option<Vec<u8>>,
     files: Option<Files>,
+    sampler: Option<Sampler<B>>,
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
@@ -267,6 +280,9 @@ impl<B: Ops> Session<B> {
             if due(self.config.validation.every) {
                 self.validate()?;
             }
+            if due(self.config.samples.every) {
+                self.sample()?;
+            }
             if due(self.config.checkpoint.every) || stop {
                 self.save()?;
             }
@@ -283,6 +299,9 @@ impl<B: Ops> Session<B> {
         self.end_trace()?;
         if self.config.validation.every > 0 {
             self.validate()?;
+        }
+        if self.config.samples.every > 0 {
+            self.sample()?;
         }
         self.save()?;
         Ok(Outcome {
@@ -365,6 +384,18 @@ impl<B: Ops> Session<B> {
         files.metrics.append(&Record::Validation(record))
     }
 
+    /// Lets the model write, on rank 0, while the others wait in their next sum.
+    fn sample(&mut self) -> Result<()> {
+        self.flush()?;
+        let seconds = self.seconds();
+        let (Some(sampler), Some(files)) = (&mut self.sampler, &mut self.files) else { return Ok(()) };
+        for sample in sampler.write(&self.trainer, seconds)? {
+            files.say(&format!("step {} writes: {}{}", sample.step, sample.prompt, sample.text));
+            files.metrics.append(&Record::Sample(sample))?;
+        }
+        Ok(())
+    }
+
     fn save(&mut self) -> Result<()> {
         self.flush()?;
         if self.saved == Some(self.trainer.position.step) {
@@ -414,58 +445,4 @@ impl<B: Ops> Session<B> {
         self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
         writer.commit()
     }
-}
-
-/// A run folder that is made anew must not hold the checkpoint that the run starts from.
-fn refuse_run_around_source(run: &Path, from: &Path) -> Result<()> {
-    match (fs::canonicalize(run), fs::canonicalize(from)) {
-        (Ok(folder), Ok(source)) if source.starts_with(&folder) => {
-            let why = format!("lies in the run folder {} that would be made anew: choose another run", run.display());
-            Err(Error::config("init.from", from.display(), why))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing
-/// that no run made.
-fn new_run_folder(run: &Path, force: bool) -> Result<()> {
-    let mut entries = match fs::read_dir(run) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return fs::create_dir_all(run).map_err(Error::io("create", run));
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Error::config("run", run.display(), "is, or lies in, a file: choose another name"));
-        }
-        Err(e) => return Err(Error::io("read", run)(e)),
-    };
-    let first = entries.next();
-    // All that a run that was killed at its very beginning left behind.
-    let begun = |entry: &fs::DirEntry| fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
-    match (first, entries.next()) {
-        (None, _) => return Ok(()),
-        (Some(Ok(entry)), None) if entry.path() == Store::new(run).dir() && begun(&entry) => return Ok(()),
-        _ => {}
-    }
-    if !force {
-        return Err(Error::Exists { path: run.into() });
-    }
-    let checkpoints = Store::new(run).dir().to_path_buf();
-    if !run.join(CONFIG_FILE).is_file() || !checkpoints.is_dir() {
-        let why = format!(
-            "is a folder that no run made (it has no {CONFIG_FILE} or no checkpoints/): --force does not replace it; choose another name"
-        );
-        return Err(Error::file(run, why));
-    }
-    fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
-    tensorboard::remove(run)?;
-    for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
-        let path = run.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
-            _ => {}
-        }
-    }
-    Ok(())
 }
