@@ -34,7 +34,7 @@ use std::{
 /// Bytes that are written before a thread looks whether it is to stop.
 const BLOCK: usize = 8 << 20;
 /// Longest pause between looks at a save that is waited for.
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What ranks tell each other after a step, in one byte.
 const STOP: u8 = 1;
