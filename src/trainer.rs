@@ -4,9 +4,14 @@
 //! sum over ranks, group by group as backward finishes; norm, decision, update. Nothing waits for the device: results
 //! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
 
+mod graphs;
+mod results;
+
+pub use results::{Bad, StepResult};
+
 use crate::{
     DType, Error, Result,
-    backend::{Backend, HostBuffer, Stream, Tensor},
+    backend::{HostBuffer, Stream, Tensor},
     comm::{self, Comm, Ticket},
     config::{Config, OnNan, OptimizerConfig},
     feed::{Feed, Samples},
@@ -28,53 +33,15 @@ use crate::{
     schedule,
     state::{Meaning, Position, State, StateSlots},
 };
-use std::{collections::VecDeque, time::Instant};
+use graphs::Work;
+use results::Pending;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
 
 /// Steps that may be under way before the host looks at the oldest one's results.
 pub const LAG: usize = 2;
-
-/// What a step brought.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepResult {
-    /// Where the run stood after the step (before it, for a step that halted training).
-    pub position: Position,
-    /// The step, from 1.
-    pub step: u64,
-    /// Mean loss of the counted tokens, nats.
-    pub loss: f64,
-    /// Learning rate at the base shape.
-    pub lr: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-    /// Norm of the change of all weights.
-    pub update_norm: f64,
-    /// Seconds from this step's beginning to the next one's (or to its result, for the last one under way).
-    pub seconds: f64,
-    /// Whether the update was left out.
-    pub skipped: bool,
-    /// `loss`, or the row whose gradient was not finite.
-    pub bad: Option<Bad>,
-}
-
-/// What was not finite.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bad {
-    /// The loss only.
-    Loss,
-    /// The gradient of this row.
-    Row(usize),
-}
-
-/// A step under way.
-struct Pending<B: Backend> {
-    inputs: B::Host,
-    results: B::Host,
-    event: Option<B::Event>,
-    begun: Instant,
-    before: Position,
-    after: Position,
-    lr: f64,
-}
 
 /// Everything that training on one rank needs.
 pub struct Trainer<B: Ops> {
@@ -106,8 +73,9 @@ pub struct Trainer<B: Ops> {
     muon_scratch: Option<Tensor<B>>,
     scalars: Tensor<B>,
     validation: Tensor<B>,
-    /// One for each micro-batch of this rank, since their sums differ, and one for the update.
-    graphs: (Vec<B::Graph>, B::Graph),
+    /// Whether a step is recorded as one.
+    whole: bool,
+    graphs: BTreeMap<Work, B::Graph>,
     ring: VecDeque<Pending<B>>,
     spare: Vec<Pending<B>>,
 }
@@ -136,7 +104,11 @@ impl<B: Ops> Trainer<B> {
         )?;
         let mut plan = Plan::default();
         let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, share.len(), micro, recompute);
-        let batch = Feed::plan(&backend, &mut plan, &*samples, micro, matches!(meaning.spec, Spec::Decoder(_)));
+        let (rows, inputs) = (micro.rows(), samples.inputs());
+        let whole =
+            B::RECORDS && graphs::whole_steps(config.graph, comm.world(), share.len(), table.arena, rows, inputs);
+        let (tokens, batches) = (matches!(meaning.spec, Spec::Decoder(_)), if whole { share.len() } else { 1 });
+        let batch = Feed::plan(&backend, &mut plan, &*samples, micro, tokens, batches);
         let mut planned = plan.commit(&backend)?;
         let state = State::new(slots.state, &mut planned);
         let [scalars, validation] = slots.small.map(|slot| planned.take(slot));
@@ -157,7 +129,8 @@ impl<B: Ops> Trainer<B> {
             muon_scratch: slots.muon.map(|slot| planned.take(slot)),
             scalars,
             validation,
-            graphs: (share.clone().map(|_| B::Graph::default()).collect(), B::Graph::default()),
+            whole,
+            graphs: BTreeMap::new(),
             ring: VecDeque::new(),
             spare: Vec::new(),
             plan,
@@ -175,13 +148,7 @@ impl<B: Ops> Trainer<B> {
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
     pub fn step(&mut self) -> Result<Option<StepResult>> {
         let mut pending = self.begin()?;
-        let share = comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world());
-        for index in share.clone() {
-            let first = pending.before.samples + (index * self.micro.samples) as u64;
-            self.feed.train(&self.backend, first)?;
-            self.micro_step(index - share.start, index + 1 == share.end)?;
-        }
-        self.update()?;
+        if self.whole { self.whole_step(pending.before.samples) } else { self.step_in_parts(pending.before.samples) }?;
         self.backend.download(Stream::Compute, self.scalars.view(), &mut pending.results, 0);
         pending.event = Some(self.backend.record(Stream::Compute));
         self.position = pending.after;
@@ -195,29 +162,7 @@ impl<B: Ops> Trainer<B> {
         if let Some(event) = pending.event.take() {
             self.backend.synchronize(&event)?;
         }
-        let get = |scalar| scalars::get(pending.results.bytes(), scalar);
-        let skipped = get(Scalar::Skip) != 0.0;
-        let bad = match get(Scalar::BadRow) {
-            row if skipped && row >= 0.0 => Some(Bad::Row(row as usize)),
-            row if skipped && row == -2.0 => Some(Bad::Loss),
-            _ => None,
-        };
-        let result = StepResult {
-            position: if get(Scalar::Halt) != 0.0 { pending.before } else { pending.after },
-            step: pending.after.step,
-            loss: get(Scalar::LossSum) / get(Scalar::Counted),
-            lr: pending.lr,
-            grad_norm: get(Scalar::GradNorm),
-            update_norm: get(Scalar::UpdateNorm),
-            seconds: self
-                .ring
-                .front()
-                .map_or_else(Instant::now, |next| next.begun)
-                .duration_since(pending.begun)
-                .as_secs_f64(),
-            skipped,
-            bad,
-        };
+        let result = pending.result(self.ring.front().map_or_else(Instant::now, |next| next.begun));
         self.spare.push(pending);
         Ok(Some(result))
     }
@@ -234,13 +179,7 @@ impl<B: Ops> Trainer<B> {
             ..before
         };
         let lr = self.optimizer.lr * schedule::factor(&self.config.schedule, after.step, self.config.steps);
-        let mut pending = match self.spare.pop() {
-            Some(pending) => Pending { begun: Instant::now(), before, after, lr, ..pending },
-            None => {
-                let (inputs, results) = (self.backend.host(SCALAR_BYTES)?, self.backend.host(SCALAR_BYTES)?);
-                Pending { inputs, results, event: None, begun: Instant::now(), before, after, lr }
-            }
-        };
+        let mut pending = Pending::begin(&self.backend, self.spare.pop(), before, after, lr)?;
         let inputs = pending.inputs.bytes_mut();
         scalars::set(inputs, Scalar::LearningRate, lr);
         scalars::set(inputs, Scalar::Time, after.time as f64);
@@ -249,13 +188,51 @@ impl<B: Ops> Trainer<B> {
         Ok(pending)
     }
 
-    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches.
-    fn micro_step(&mut self, index: usize, last: bool) -> Result<()> {
+    /// Global indices of the first samples of this rank's micro-batches, in a step whose first is `samples`.
+    fn firsts(&self, samples: u64) -> impl ExactSizeIterator<Item = u64> + use<B> {
+        let size = self.micro.samples;
+        comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world())
+            .map(move |index| samples + (index * size) as u64)
+    }
+
+    /// All of a step, recorded as one; there is one rank.
+    fn whole_step(&mut self, samples: u64) -> Result<()> {
+        let firsts = self.firsts(samples);
+        self.feed.train(&self.backend, firsts)?;
+        self.recorded(Work::Step { part: self.feed.part() }, |trainer| {
+            let count = trainer.merges.len();
+            (0..count).try_for_each(|index| trainer.micro_step(index, index, index + 1 == count))?;
+            trainer.update()
+        })
+    }
+
+    /// A step's micro-batches one by one, and its update.
+    fn step_in_parts(&mut self, samples: u64) -> Result<()> {
+        let firsts = self.firsts(samples);
+        let count = firsts.len();
+        for (index, first) in firsts.enumerate() {
+            self.feed.train(&self.backend, [first])?;
+            let last = index + 1 == count;
+            if last && self.comm.world() > 1 {
+                // Sums over ranks begin within it, and hosts have a part in them: it is not recorded.
+                self.micro_step(index, 0, last)?;
+                continue;
+            }
+            let (part, top, merges) = (self.feed.part(), stack_height(&self.merges, index), self.merges[index]);
+            self.recorded(Work::Micro { part, top, merges, last }, |trainer| trainer.micro_step(index, 0, last))?;
+        }
+        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
+        self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
+        self.recorded(Work::Update, Self::update)
+    }
+
+    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches, `batch`
+    /// those of the feed's part.
+    fn micro_step(&mut self, index: usize, batch: usize, last: bool) -> Result<()> {
         let scale = 1.0 / self.nominal();
-        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, graphs, micro, .. } =
-            self;
-        let (comm, merges) = (&**comm, merges[index]);
-        let top = stack_height(&self.merges, index);
+        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, micro, .. } = self;
+        let (comm, merges, top) = (&**comm, merges[index], stack_height(merges, index));
+        let (over_ranks, batch) = (last && comm.world() > 1, feed.batch(batch));
         let (mut fault, mut tickets) = (Ok(()), Vec::new());
         let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
             if sums.is_empty() {
@@ -263,7 +240,7 @@ impl<B: Ops> Trainer<B> {
             }
             let range = network.table().group(group);
             push(backend, sums, top, merges, range.clone(), part.as_ref());
-            if last && comm.world() > 1 && fault.is_ok() {
+            if over_ranks && fault.is_ok() {
                 match reduce(backend, comm, sums[0].slice_mut(range.clone())) {
                     Ok(ticket) => tickets.push((range, ticket)),
                     Err(error) => fault = Err(error),
@@ -271,55 +248,45 @@ impl<B: Ops> Trainer<B> {
             }
         };
         let weights = Weights { table: network.table(), arena: state.weights.view() };
-        let mut work = || {
-            let mut gradients =
-                Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
-            network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);
-            backend.tally(scalars.view_mut(), acts.losses().view(), feed.batch.targets.view());
-            Ok(())
-        };
-        // Sums over ranks begin within the last micro-step, and hosts have a part in them: it is not recorded.
-        if last && comm.world() > 1 { work() } else { backend.captured(&mut graphs.0[index], work) }?;
+        let mut parts = Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
+        network.micro_step(backend, weights, &mut parts, acts, batch, *micro, scale);
+        backend.tally(scalars.view_mut(), acts.losses().view(), batch.targets.view());
         fault?;
         for (range, ticket) in tickets {
             comm.finish_all_reduce(backend, Stream::Communication, ticket, sums[0].slice_mut(range))?;
         }
-        if last && !self.sums.is_empty() {
-            let done = self.backend.record(Stream::Communication);
-            self.backend.wait(Stream::Compute, &done);
-            self.backend.accumulate(self.gradients.view_mut(), self.sums[0].view(), false);
+        if over_ranks {
+            let done = backend.record(Stream::Communication);
+            backend.wait(Stream::Compute, &done);
+        }
+        if last && !sums.is_empty() {
+            backend.accumulate(gradients.view_mut(), sums[0].view(), false);
         }
         Ok(())
     }
 
     /// Norm, decision, update.
     fn update(&mut self) -> Result<()> {
-        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
-        self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
         let decision = self.decision();
-        let Self {
-            backend, network, state, gradients, pieces, partials, muon_scratch, scalars, graphs, optimizer, ..
-        } = self;
+        let Self { backend, network, state, gradients, pieces, partials, muon_scratch, scalars, optimizer, .. } = self;
         let table = network.table();
-        backend.captured(&mut graphs.1, || {
-            let count = pieces.list.len();
-            backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
-            backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
-            let arenas = Arenas {
-                weights: state.weights.view_mut(),
-                master: state.master.as_mut().map(Tensor::view_mut),
-                first: state.first.as_mut().map(Tensor::view_mut),
-                second: state.second.as_mut().map(Tensor::view_mut),
-                maximum: state.maximum.as_mut().map(Tensor::view_mut),
-                gradients: gradients.view(),
-            };
-            backend.update(arenas, partials.slice_mut(0..count), scalars.view(), pieces, optimizer.method());
-            if let Some(scratch) = muon_scratch {
-                muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
-            }
-            backend.finish_update(scalars.view_mut(), partials.view());
-            Ok(())
-        })
+        let count = pieces.list.len();
+        backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
+        backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
+        let arenas = Arenas {
+            weights: state.weights.view_mut(),
+            master: state.master.as_mut().map(Tensor::view_mut),
+            first: state.first.as_mut().map(Tensor::view_mut),
+            second: state.second.as_mut().map(Tensor::view_mut),
+            maximum: state.maximum.as_mut().map(Tensor::view_mut),
+            gradients: gradients.view(),
+        };
+        backend.update(arenas, partials.slice_mut(0..count), scalars.view(), pieces, optimizer.method());
+        if let Some(scratch) = muon_scratch {
+            muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
+        }
+        backend.finish_update(scalars.view_mut(), partials.view());
+        Ok(())
     }
 
     /// Tokens (rows) of a step, over all ranks, ignored ones among them.
@@ -349,8 +316,12 @@ impl<B: Ops> Trainer<B> {
         for index in comm::share(batches, self.comm.rank(), self.comm.world()) {
             self.feed.validate(&self.backend, (index * self.micro.samples) as u64)?;
             let weights = Weights { table: self.network.table(), arena: self.state.weights.view() };
-            self.network.evaluate(&self.backend, weights, &mut self.acts, &self.feed.batch, self.micro);
-            self.backend.tally(self.validation.view_mut(), self.acts.losses().view(), self.feed.batch.targets.view());
+            self.network.evaluate(&self.backend, weights, &mut self.acts, self.feed.batch(0), self.micro);
+            self.backend.tally(
+                self.validation.view_mut(),
+                self.acts.losses().view(),
+                self.feed.batch(0).targets.view(),
+            );
         }
         let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
         self.comm.all_reduce(&self.backend, Stream::Compute, self.validation.slice_mut(sums))?;
