@@ -152,7 +152,7 @@ fn checkpoints_are_the_same_behind_training_and_before_it() {
     // No room beside the model itself: the choice of a machine that has more.
     let need = place.ok("train -c run.toml --set run=tight --set memory.limit=1 --set checkpoint.every=1");
     assert!(need.err.contains(behind), "{}", need.err);
-    let wide = "--set run=full --set model.residual=64 --set memory={limit=3,recompute='none'} --set steps=2";
+    let wide = "--set run=full --set model.residual=96 --set memory={limit=3,recompute='none'} --set steps=2";
     let full = place.run(&format!("train -c run.toml {wide} --set checkpoint.every=1"));
     assert!(full.code == 0 && full.err.contains("a copy takes") && full.err.contains(waits), "{}", full.err);
     place.refuses("train -c run.toml --set run=x --set checkpoint.background=maybe", &["maybe", "auto", "false"]);
