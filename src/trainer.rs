@@ -259,17 +259,17 @@ impl<B: Ops> Trainer<B> {
             let done = backend.record(Stream::Communication);
             backend.wait(Stream::Compute, &done);
         }
-        if last && !sums.is_empty() {
-            backend.accumulate(gradients.view_mut(), sums[0].view(), false);
-        }
         Ok(())
     }
 
     /// Norm, decision, update.
     fn update(&mut self) -> Result<()> {
         let decision = self.decision();
-        let Self { backend, network, state, gradients, pieces, partials, muon_scratch, scalars, optimizer, .. } = self;
-        let table = network.table();
+        let Self {
+            backend, network, state, gradients, sums, pieces, partials, muon_scratch, scalars, optimizer, ..
+        } = self;
+        // Sums stay in the type that they are made in.
+        let (table, gradients) = (network.table(), sums.first().unwrap_or(gradients));
         let count = pieces.list.len();
         backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
         backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
@@ -456,6 +456,7 @@ fn muon_update<B: Ops>(
             weight: state.weights.slice_mut(values.clone()),
             master: state.master.as_mut().map(|m| m.slice_mut(values.clone())),
             first: first.slice_mut(values.clone()),
+            offset: values.start,
             gradient: gradients.slice(values),
             rows: row.axes[0].size(),
             columns: row.columns(),

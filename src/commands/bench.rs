@@ -36,6 +36,9 @@ pub struct OpsArgs {
     only: String,
     #[command(flatten)]
     place: super::PlaceArgs,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -58,6 +61,9 @@ pub struct TrainArgs {
     recompute: Recompute,
     #[command(flatten)]
     place: super::PlaceArgs,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// What a GPU records of a step
     #[arg(long, default_value = "auto")]
     graph: Recording,
@@ -107,8 +113,8 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
-    let OpsArgs { preset, batch, only, place, json } = args;
-    let speed = bench::ops(place.place(), OpsBench { preset, batch, only })?;
+    let OpsArgs { preset, batch, only, place, unfused, json } = args;
+    let speed = bench::ops(Place { unfused, ..place.place() }, OpsBench { preset, batch, only })?;
     if json {
         return print_json(&speed);
     }
@@ -124,9 +130,10 @@ fn ops(args: OpsArgs) -> Result<()> {
 }
 
 fn train(args: TrainArgs) -> Result<()> {
-    let TrainArgs { preset, batch, steps, recompute, graph, profile, .. } = args;
+    let TrainArgs { preset, batch, steps, recompute, unfused, graph, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
-    let speed = bench::train(Place { eager: graph == Recording::None, ..args.place.place() }, bench)?;
+    let place = Place { eager: graph == Recording::None, unfused, ..args.place.place() };
+    let speed = bench::train(place, bench)?;
     if args.json {
         return print_json(&speed);
     }

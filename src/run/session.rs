@@ -7,7 +7,7 @@ use super::{
     saving::{self, Saved, Saver},
 };
 use crate::{
-    Error, Result,
+    DType, Error, Result,
     checkpoint::{CONFIG, STATE, Store, Writer},
     comm::environment::World,
     config::{Config, OnNan},
@@ -216,6 +216,7 @@ impl<B: Ops> Session<B> {
                 "clipping at {} by the {:?} norm; recompute {}",
                 self.config.optimizer.clip, self.config.optimizer.clip_norm, self.trainer.recompute
             ),
+            self.types(),
             format!("memory:\n{}", self.trainer.plan),
         ];
         if world.world > 1 {
@@ -224,6 +225,14 @@ impl<B: Ops> Session<B> {
         for line in lines.into_iter().chain(self.saver.describe()) {
             self.say(&line);
         }
+    }
+
+    /// What gradients and moments are kept in.
+    fn types(&self) -> String {
+        let backend = &self.trainer.backend;
+        let (gradient, sums, moment) = (backend.gradient(), backend.reduction(), backend.moment());
+        let rounded = if moment == DType::BF16 { ", rounded stochastically" } else { "" };
+        format!("gradients {gradient}, sums of them {sums}; moments {moment}{rounded}")
     }
 
     fn say(&mut self, line: &str) {

@@ -93,9 +93,11 @@ FAR(add_up) {
     u32 width = 1u << 31;
     Far &first = run.output(width, 4), &partials = run.input(6ull * width, 4);
     for (u64 row = 1; row < 6; row++) partials.open(row * width - WARP, WARP);
+    partials.at<f32>(6ull * width - 1) = 1;
     run.last(1, dim3(width / WARP), 1024, 0, {first, nullptr, partials, u64(6), width});
     Far& second = run.output(width, 4);
     run.last(1, dim3(width / WARP, 2), 1024, 0, {first, second, partials, u64(3), width});
+    EXPECT(first.at<f32>(width - 1) == 1 && second.at<f32>(width - 1) == 1);
 }
 FAR(norm_add) {
     Far &y = run.output(MANY), &x = run.input(MANY), &branch = run.input(MANY);
@@ -167,7 +169,10 @@ FAR(head_norm_forward) {
     u32 size = 64, queries = 2, keys = 1, row = (queries + 2 * keys) * size;
     Far &out = run.output(u64(ROWS) * row), &statistics = run.output(u64(ROWS) * (queries + keys), 4);
     Far &qkv = run.input(u64(ROWS) * row), &gain = run.input(size);
-    run.last(1, ROWS, 32, 0, {out, statistics, qkv, gain, gain, queries, keys, size, 8u, 1.0f});
+    Far& table = run.input((5ull + ROWS) * size, 4);
+    for (Argument angles : {Argument(nullptr), Argument(table)})
+        run.last(1, ROWS, 32, 0,
+                 {out, statistics, qkv, gain, gain, angles, ROWS, 5u, queries, keys, size, 8u, 1.0f});
 }
 FAR(head_norm_backward) {
     u32 size = 64, queries = 2, keys = 1, row = (queries + 2 * keys) * size;
@@ -176,8 +181,10 @@ FAR(head_norm_backward) {
     Far &d = run.input(rows * row), &partials = run.output(u64(ROWS) * 2 * size, 4), &qkv = run.input(rows * row);
     Far &statistics = run.input(rows * (queries + keys), 4), &gain = run.input(size);
     u32 threads = 32, lanes = 8, shared = threads / lanes * 2 * size * 4;
-    run.last(1, ROWS, threads, shared,
-             {d, partials, qkv, statistics, gain, gain, rows, 3u, queries, keys, size, lanes});
+    Far& table = run.input((5ull + ROWS) * size, 4);
+    for (Argument angles : {Argument(nullptr), Argument(table)})
+        run.last(1, ROWS, threads, shared,
+                 {d, partials, qkv, statistics, gain, gain, angles, ROWS, 5u, rows, 3u, queries, keys, size, lanes});
 }
 FAR(rotary) {
     u32 half = 32, heads = 3, width = heads * 2 * half;
@@ -220,6 +227,25 @@ FAR(attention_forward) {
     run.last(1, h.batch * h.heads, 128, (128 + 4 * columns) * h.size * run.size,
              {out, log_sum_exp, qkv, k, v, first_key, h.row, u64(h.tokens), h.row, u64(h.tokens), h.row, u64(h.tokens),
               h.heads, 1u, h.size, h.tokens, h.tokens, 1.0f});
+}
+FAR(attention_decode) {
+    Heads h;
+    u32 queries = 3, splits = 1;
+    u64 items = u64(h.batch) * queries * h.heads * splits;
+    Far &partials = run.output(items * (h.size + 2), 4), &qkv = run.input(h.tokens_in_all * h.row);
+    Far& first_key = run.input(u64(h.batch) * queries, 4);
+    const u8 *k = qkv.data() + h.width * run.size, *v = k + h.width * run.size;
+    const u8* q = qkv.data() + (h.tokens - queries) * h.row * run.size;
+    // One query head for each key/value head, whose three queries are a block's.
+    run.last(1, h.batch * h.heads, 128, 0,
+             {partials, q, k, v, first_key, h.row, u64(h.tokens), h.row, u64(h.tokens), h.row, u64(h.tokens), h.heads,
+              1u, h.size, queries, h.tokens, u32(h.size / run.wide), 1.0f});
+}
+FAR(attention_decode_join) {
+    u32 size = 16, splits = 2;
+    Far &out = run.output(u64(ROWS) * size), &log_sum_exp = run.output(ROWS, 4);
+    Far& partials = run.input(u64(ROWS) * splits * (size + 2), 4);
+    run.last(1, ROWS, 128, 0, {out, log_sum_exp, partials, splits, size});
 }
 FAR(attention_backward_inner) {
     Heads h;
