@@ -312,8 +312,8 @@ fn holds_tensors(file: &str) -> bool {
     file.ends_with(".safetensors")
 }
 
-/// Maps a file of the checkpoint into memory.
-fn map(path: &Path) -> Result<Mmap> {
+/// Maps a file of a checkpoint, or one that is to become a part of such, into memory.
+pub(super) fn map(path: &Path) -> Result<Mmap> {
     let found = fs::metadata(path).map_err(Error::io("read", path))?;
     if !found.is_file() {
         return Err(Error::file(path, format!("it is no ordinary file: {DAMAGED}")));

@@ -17,6 +17,7 @@ mod place;
 mod prepare;
 mod ranks;
 mod samples;
+mod saving;
 mod session;
 
 pub use again::train_or_resume;
