@@ -3,7 +3,7 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, CommBench, OpsBench, Preset, TrainBench, UpscaleBench},
+    bench::{self, CommBench, OpsBench, Preset, TokenizeBench, TrainBench, UpscaleBench},
     config::{KeptIn, Recording},
     machine,
     model::decoder::Recompute,
@@ -23,6 +23,8 @@ pub enum Command {
     Upscale(UpscaleArgs),
     /// Time sums over ranks: start it as the ranks of a run are, `mupscale-launch … mupscale bench comm`
     Comm(CommArgs),
+    /// Time `data tokenize` beside the tokenizers crate's own batch encoding
+    Tokenize(TokenizeArgs),
 }
 
 /// What gradients and moments are kept in, as in `[memory]`.
@@ -147,12 +149,38 @@ pub struct CommArgs {
     json: bool,
 }
 
+/// Arguments of `bench tokenize`.
+#[derive(clap::Args)]
+pub struct TokenizeArgs {
+    /// The text: a file, a folder, or JSONL; a generated corpus if left out
+    text: Option<PathBuf>,
+    /// Bytes of the generated corpus
+    #[arg(long, default_value_t = 50_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    bytes: u64,
+    /// A tokenizer.json; one is trained on the text if left out
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Vocabulary of the tokenizer that is trained
+    #[arg(long, default_value_t = 8192)]
+    vocab: usize,
+    /// How often both are measured, in turns
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// Folder for what is made, and removed at the end; the system's temporary folder if left out
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Ops(args) => ops(args),
         Command::Train(args) => train(args),
         Command::Upscale(args) => upscale(args),
         Command::Comm(args) => comm(args),
+        Command::Tokenize(args) => tokenize(args),
     }
 }
 
@@ -244,4 +272,24 @@ fn upscale(args: UpscaleArgs) -> Result<()> {
         say!("  anonymous memory    {most:.3} × the wide state")?;
     }
     Ok(())
+}
+
+fn tokenize(args: TokenizeArgs) -> Result<()> {
+    let TokenizeArgs { text, bytes, tokenizer, vocab, pairs, folder, json } = args;
+    let folder = folder.unwrap_or_else(std::env::temp_dir);
+    let speed = bench::tokenize(&TokenizeBench { text, bytes, tokenizer, vocab, pairs: pairs as usize, folder })?;
+    if json {
+        return print_json(&speed);
+    }
+    say!(
+        "{} in {} documents, {} tokens of {}, {} threads",
+        human::bytes(speed.text_bytes),
+        speed.documents,
+        human::count(speed.tokens as f64),
+        speed.vocab,
+        speed.threads
+    )?;
+    say!("  data tokenize, file to dataset   {:7.1} MB/s", speed.mb_per_second)?;
+    say!("  the crate's encode_batch_fast    {:7.1} MB/s", speed.crate_mb_per_second)?;
+    say!("  ratio                            {:7.2} (median of {} pairs)", speed.ratio, speed.ratios.len())
 }

@@ -91,6 +91,8 @@ fn how_a_step_runs_changes_no_bit() {
         ("micro", "--set graph=micro", 18 - 6 + 6 - 1),
         ("eager", "--set graph=none", 0),
         ("block", "--set memory.recompute=block", 4),
+        // Texts are written between steps, and a recorded step stays as it is.
+        ("writing", "--set samples.every=4 --set samples.tokens=2", 4),
         // Between steps the ring goes on by the micro-batches of validation.
         ("validated", "--set validation.every=1 --set validation.batches=1", 0),
     ] {

@@ -12,7 +12,7 @@ use mupscale::{
     comm::store::{Client, Server},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     thread::sleep,
     time::{Duration, Instant},
@@ -104,11 +104,14 @@ impl Leader {
         }
     }
 
-    /// Gives all agents the time to read the last step; each ends its lease when it has ended.
+    /// Gives all agents the time to read the last step; each ends its lease when it has ended, so those that are still
+    /// there are not those that have read it.
     fn farewell(&self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(5);
-        let read = |store: &Client| Ok::<_, mupscale::Error>(store.keys("read/")?.len());
-        while read(&self.store)? < self.store.keys("node/")?.len() && Instant::now() < end {
+        let agents = |prefix: &str| -> Result<BTreeSet<_>> {
+            Ok(self.store.keys(prefix)?.iter().filter_map(|key| number_in(key)).collect())
+        };
+        while !agents("node/")?.is_subset(&agents("read/")?) && Instant::now() < end {
             sleep(Duration::from_millis(20));
         }
         Ok(())
