@@ -32,6 +32,7 @@ use crate::{
     },
     schedule,
     state::{Meaning, Position, State, StateSlots},
+    trace::{self, Lane},
 };
 use graphs::Work;
 use results::Pending;
@@ -160,6 +161,7 @@ impl<B: Ops> Trainer<B> {
     pub fn collect(&mut self) -> Result<Option<StepResult>> {
         let Some(mut pending) = self.ring.pop_front() else { return Ok(None) };
         if let Some(event) = pending.event.take() {
+            let _wait = trace::span(Lane::Host, "wait for results");
             self.backend.synchronize(&event)?;
         }
         let result = pending.result(self.ring.front().map_or_else(Instant::now, |next| next.begun));
@@ -270,6 +272,7 @@ impl<B: Ops> Trainer<B> {
         } = self;
         // Sums stay in the type that they are made in.
         let (table, gradients) = (network.table(), sums.first().unwrap_or(gradients));
+        let _update = backend.span(Stream::Compute, Lane::Compute, "update");
         let count = pieces.list.len();
         backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
         backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);

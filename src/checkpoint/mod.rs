@@ -15,11 +15,15 @@
 //! one span, a tensor filled by many threads in any order is as many as there were beginnings. So no byte is read again
 //! to be checked in. Spans lie end to end and cover each file, and [`Reader::verify`] hashes them in parallel.
 //!
+//! Several processes can write one checkpoint: its owner makes the files, all write elements at their places in them,
+//! and the owner commits once the others have said what they wrote ([`Writer::join`]).
+//!
 //! This module knows bytes, names and documents; it knows no model, device, configuration or rank.
 
 mod disk;
 mod format;
 mod header;
+mod merge;
 mod place;
 mod read;
 mod store;
@@ -29,6 +33,7 @@ mod write;
 mod tests;
 
 pub use format::{Axis, Block, TensorMeta};
+pub use merge::merge;
 pub use read::Reader;
 pub use store::Store;
 pub use write::Writer;

@@ -35,10 +35,6 @@ pub trait Comm<B: Backend>: Send {
         let ticket = self.begin_all_reduce(backend, stream, values.reborrow())?;
         self.finish_all_reduce(backend, stream, ticket, values)
     }
-    /// Whether any rank says so: how ranks agree to stop.
-    fn any(&self, flag: bool) -> Result<bool> {
-        Ok(self.exchange(&[u8::from(flag)])?.iter().any(|said| said == &[1]))
-    }
 }
 
 /// A sum under way; what it holds is its communicator's business.

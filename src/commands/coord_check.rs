@@ -132,7 +132,11 @@ fn end(report: &Report) -> Result<()> {
             let worst = worst.map_or(String::new(), |s| {
                 format!("{} changes as width^{:.2} after {} steps", s.layer, s.slope, s.step)
             });
-            Err(Error::Failed(format!("{}: {worst}, over the threshold of {}", name(checked.parametrization), report.threshold)))
+            Err(Error::Failed(format!(
+                "{}: {worst}, over the threshold of {}",
+                name(checked.parametrization),
+                report.threshold
+            )))
         }
         Verdict::CannotTell => Err(Error::Failed(
             "the check cannot tell: standard parametrisation passes too; raise --lr, or take wider --widths".into(),
@@ -149,9 +153,13 @@ fn show(report: &Report) -> Result<()> {
             widths.dedup();
             widths
         };
-        say!("{:?} parametrisation: mean |x_t − x_0| after {last} steps, and its growth with width\n", check.parametrization)?;
+        say!(
+            "{:?} parametrisation: mean |x_t − x_0| after {last} steps, and its growth with width\n",
+            check.parametrization
+        )?;
         let header = ["layer".to_string()].into_iter().chain(widths.iter().map(ToString::to_string));
-        let mut table = Table::new(header.chain(["|x_0| ~ width^", "change ~ width^", "at step", "verdict"].map(Into::into)));
+        let mut table =
+            Table::new(header.chain(["|x_0| ~ width^", "change ~ width^", "at step", "verdict"].map(Into::into)));
         for slope in &check.slopes {
             let change = |width: usize| {
                 let here = |c: &&crate::transfer::coordinates::Coordinate| {

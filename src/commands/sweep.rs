@@ -11,7 +11,10 @@ use crate::{
         run as run_sweep,
     },
 };
-use std::path::PathBuf;
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
 /// Rows of the table.
 const SHOWN: usize = 20;
@@ -33,7 +36,9 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let sweep = SweepConfig::read(&args.config)?;
     let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
-    let outcomes = run_sweep(&sweep, args.shard, &mut Runner { program, say: &mut |line| eprintln!("{line}") })?;
+    // Progress that nobody reads is no reason to end.
+    let say = &mut |line: &str| drop(writeln!(io::stderr(), "{line}"));
+    let outcomes = run_sweep(&sweep, args.shard, &mut Runner { program, say })?;
     if args.json { print_json(&outcomes) } else { show(&outcomes) }
 }
 

@@ -81,6 +81,9 @@ pub struct Config {
     /// What is measured on held-out data.
     #[serde(default)]
     pub validation: ValidationConfig,
+    /// Texts that the model writes on the way.
+    #[serde(default)]
+    pub samples: SamplesConfig,
     /// What is kept and what computed again.
     #[serde(default)]
     pub memory: MemoryConfig,
@@ -241,11 +244,49 @@ pub struct CheckpointConfig {
     pub keep_last: usize,
     /// Keep those whose step is a multiple of this for ever; 0: none.
     pub keep_every: u64,
+    /// Write while training goes on, from a copy in host memory: `"auto"` (where there is room for it), `true`, `false`.
+    pub background: Background,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 0, keep_last: 2, keep_every: 0 }
+        Self { every: 0, keep_last: 2, keep_every: 0, background: Background::Auto }
+    }
+}
+
+/// Whether checkpoints are written while training goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "toml::Value", into = "toml::Value")]
+pub enum Background {
+    /// Where host memory has room for a copy of the state.
+    #[default]
+    Auto,
+    /// Yes; a copy that is refused ends the run.
+    Always,
+    /// No: the step waits.
+    Never,
+}
+
+impl TryFrom<toml::Value> for Background {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match &value {
+            toml::Value::Boolean(true) => Ok(Self::Always),
+            toml::Value::Boolean(false) => Ok(Self::Never),
+            toml::Value::String(word) if word == "auto" => Ok(Self::Auto),
+            other => Err(format!("{other} is none of \"auto\", true and false")),
+        }
+    }
+}
+
+impl From<Background> for toml::Value {
+    fn from(background: Background) -> Self {
+        match background {
+            Background::Auto => "auto".into(),
+            Background::Always => true.into(),
+            Background::Never => false.into(),
+        }
     }
 }
 
@@ -262,6 +303,43 @@ pub struct ValidationConfig {
 impl Default for ValidationConfig {
     fn default() -> Self {
         Self { every: 100, batches: 8 }
+    }
+}
+
+/// `[samples]`: texts that the model writes while it is trained, for people to read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplesConfig {
+    /// Write every so many steps, and at the end; 0: never.
+    pub every: u64,
+    /// What to go on with; an empty text is the start of a document.
+    pub prompts: Vec<String>,
+    /// Tokens of a text, at most.
+    pub tokens: usize,
+    /// Divides logits: 0 takes the likeliest token, 1 samples as the model says.
+    pub temperature: f64,
+    /// Sample among this many likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Sample among the likeliest tokens that have this probability together.
+    pub top_p: f64,
+    /// Seed of the draws, which are the same each time.
+    pub seed: u64,
+    /// End before one of these texts.
+    pub stop: Vec<String>,
+}
+
+impl Default for SamplesConfig {
+    fn default() -> Self {
+        Self {
+            every: 0,
+            prompts: vec![String::new()],
+            tokens: 100,
+            temperature: 0.8,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            stop: Vec::new(),
+        }
     }
 }
 
@@ -296,7 +374,7 @@ pub struct MemoryConfig {
 }
 
 /// A type that something is kept in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum KeptIn {
     /// 32-bit floats (64-bit with `precision = "f64"`).

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Result,
-    backend::{Backend, Mut, Ref, Tensor},
+    backend::{Backend, Mut, Ref, Stream, Tensor},
     dims::{Axis, Width},
     ops::{
         Ops,
@@ -16,6 +16,7 @@ use crate::{
         head::{ReadoutGradients, ReadoutShape},
         linear::LinearShape,
     },
+    trace::Lane,
 };
 
 /// An mlp at a shape.
@@ -155,6 +156,7 @@ impl Mlp {
         batch: &'a Batch<B>,
         rows: usize,
     ) -> Ref<'a, B> {
+        let _forward = backend.span(Stream::Compute, Lane::Compute, "forward");
         for (i, (weight, bias)) in self.layers.iter().enumerate() {
             let (done, rest) = acts.hidden.split_at_mut(i);
             let x = done.last().map_or_else(|| batch.inputs.view(), |(_, after)| after.view());
@@ -206,6 +208,7 @@ impl Mlp {
     ) {
         let rows = micro.rows();
         self.forward(backend, w, acts, batch, rows);
+        let _backward = backend.span(Stream::Compute, Lane::Compute, "backward");
         let shape = self.readout_shape(rows);
         let x = acts.hidden.last().map_or_else(|| batch.inputs.view(), |(_, after)| after.view());
         let (weight, bias) = (w.get(&self.readout.0), self.readout.1.as_ref().map(|b| w.get(b)));

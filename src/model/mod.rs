@@ -195,6 +195,14 @@ impl<B: Ops> Network<B> {
         }
     }
 
+    /// The decoder, if it is one: what writes text.
+    pub fn decoder(&self) -> Option<&Decoder<B>> {
+        match self {
+            Self::Decoder(d) => Some(d),
+            Self::Mlp(_) => None,
+        }
+    }
+
     /// Reserves the activations of a micro-batch; with `recompute` those for training, without for evaluation.
     pub fn plan(&self, backend: &B, plan: &mut Plan, micro: MicroBatch, recompute: Option<Recompute>) -> Slots {
         match self {
@@ -234,7 +242,9 @@ impl<B: Ops> Network<B> {
         seen: &mut dyn FnMut(&str, Ref<'_, B>) -> Result<()>,
     ) -> Result<()> {
         match (self, acts) {
-            (Self::Decoder(d), Acts::Decoder(a)) => d.observe(backend, weights, a, batch, micro, logits.view_mut(), seen)?,
+            (Self::Decoder(d), Acts::Decoder(a)) => {
+                d.observe(backend, weights, a, batch, micro, logits.view_mut(), seen)?
+            }
             (Self::Mlp(m), Acts::Mlp(a)) => m.observe(backend, weights, a, batch, micro, logits.view_mut(), seen)?,
             _ => unreachable!("activations were planned by this network"),
         }

@@ -105,7 +105,10 @@ mod tests {
         for x in [1.0 + 0.3 / 128.0, -3.7e-20, 2.0f32.powi(-130) * 1.234, 0.1, -255.9] {
             let [low, high] = neighbours(x);
             let all: Vec<f64> = (0..1 << 16).map(|bits| bf16::keep(x.into(), bits).value()).collect();
-            assert!(all.iter().all(|&y| y == f64::from(low) || y == f64::from(high)), "{x} is neither {low} nor {high}");
+            assert!(
+                all.iter().all(|&y| y == f64::from(low) || y == f64::from(high)),
+                "{x} is neither {low} nor {high}"
+            );
             // Over all bits there are the mean is exact: sums of 2^16 numbers of 8 bits are exact in f64.
             assert_eq!(all.iter().sum::<f64>() / 65_536.0, f64::from(x));
         }

@@ -1,32 +1,40 @@
 //! A run under way: steps, metrics, validation, checkpoints, signals.
 
+mod traced;
+mod tuning;
+
 use super::{
     CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
+    folder::{new_run_folder, refuse_run_around_source},
     prepare::Start,
     ranks::{Ranks, agree},
+    samples::Sampler,
+    saving::{self, Saved, Saver},
 };
 use crate::{
     DType, Error, Result,
-    checkpoint::{CONFIG, STATE, Store},
+    checkpoint::{CONFIG, STATE, Store, Writer},
     comm::environment::World,
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
     machine::{self, size},
-    model::{Network, decoder::Recompute},
+    model::{
+        Network,
+        decoder::{Generator, Recompute},
+    },
     ops::Ops,
     report::{
-        metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
-        progress::{Progress, Show},
-        tensorboard,
+        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
+        progress::{Progress as Shown, Show},
     },
-    state::{Meaning, Position, Progress as Saved},
+    state::{Meaning, Position, Progress},
     trainer::{self, Bad, StepResult, Trainer},
     upscale,
 };
 use std::{
     fs,
     io::Write,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -61,20 +69,27 @@ pub struct Outcome {
 pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
     let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
     let world = ranks.world.clone();
+    let free = saving::host_memory(&world);
     let comm = ranks.comm(&backend)?;
     let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
     if resumes {
-        take_over_tuning(&trainer.backend, &config.run)?;
+        tuning::take_over(&trainer.backend, &config.run)?;
     }
     let loaded = first_state(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
+    let sampler = match world.rank {
+        0 => Sampler::new(&trainer, &config, &meaning, tokenizer.as_deref()),
+        _ => Ok(None),
+    };
+    let sampler = agree(&*trainer.comm, sampler)?;
     let opened = match world.rank {
         0 => Files::open(&config, trainer.position, resumes, force, show).map(Some),
         _ => Ok(None),
     };
     let files = agree(&*trainer.comm, opened)?;
+    let saver = Saver::new(&trainer, &config, &meaning, free)?;
     let clock = (trainer.position.seconds, Instant::now());
     let stop = machine::stop_flag()?;
     let mut session = Session {
@@ -83,11 +98,14 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         meaning,
         tokenizer,
         files,
+        sampler,
+        saver,
         stop,
         clock,
         saved: None,
         validated: None,
         loss: f64::NAN,
+        begun: 0,
     };
     session.announce(&world);
     let outcome = session.run();
@@ -131,6 +149,8 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
+    let writing = network.decoder().filter(|_| config.samples.every > 0).map_or(0, |d| Generator::memory(backend, d));
+    let limit = limit.saturating_sub(writing);
     let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, 1, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
@@ -155,10 +175,9 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> 
 
 /// What a run writes and shows: rank 0's.
 struct Files {
-    store: Store,
     metrics: MetricsLog,
     log: fs::File,
-    progress: Progress,
+    progress: Shown,
 }
 
 impl Files {
@@ -180,8 +199,8 @@ impl Files {
         let log =
             fs::File::options().create(true).append(true).open(&log_file).map_err(Error::io("write", &log_file))?;
         let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-        let progress = Progress::new(&label, config.steps, position.step, show);
-        Ok(Self { store, metrics, log, progress })
+        let progress = Shown::new(&label, config.steps, position.step, show);
+        Ok(Self { metrics, log, progress })
     }
 
     fn say(&mut self, line: &str) {
@@ -197,12 +216,16 @@ struct Session<B: Ops> {
     meaning: Meaning,
     tokenizer: Option<Vec<u8>>,
     files: Option<Files>,
+    sampler: Option<Sampler<B>>,
+    saver: Saver<B>,
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
     saved: Option<u64>,
     validated: Option<(u64, f64)>,
     loss: f64,
+    /// Steps that this process has begun.
+    begun: u64,
 }
 
 impl<B: Ops> Session<B> {
@@ -223,7 +246,7 @@ impl<B: Ops> Session<B> {
         if world.world > 1 {
             self.say(&world.to_string());
         }
-        for line in lines {
+        for line in lines.into_iter().chain(self.saver.describe()) {
             self.say(&line);
         }
     }
@@ -253,20 +276,29 @@ impl<B: Ops> Session<B> {
 
     fn run(&mut self) -> Result<Outcome> {
         while self.trainer.position.step < self.config.steps {
+            self.begun += 1;
+            self.trace()?;
             if let Some(result) = self.trainer.step()? {
                 self.record(result)?;
             }
+            self.choose_algorithms()?;
             let step = self.trainer.position.step;
-            let stop = self.trainer.comm.any(self.stop.load(Ordering::Relaxed))?;
+            let (stop, saved) = self.saver.meet(&*self.trainer.comm, self.stop.load(Ordering::Relaxed))?;
+            self.say_saved(saved);
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             if due(self.config.validation.every) {
                 self.validate()?;
+            }
+            if due(self.config.samples.every) {
+                self.sample()?;
             }
             if due(self.config.checkpoint.every) || stop {
                 self.save()?;
             }
             // A signal during the last step finds nothing to interrupt.
             if stop && step < self.config.steps {
+                self.end_trace()?;
+                self.finish_saving()?;
                 return Err(Error::Interrupted {
                     step,
                     checkpoint: self.checkpoint(step),
@@ -274,10 +306,15 @@ impl<B: Ops> Session<B> {
                 });
             }
         }
+        self.end_trace()?;
         if self.config.validation.every > 0 {
             self.validate()?;
         }
+        if self.config.samples.every > 0 {
+            self.sample()?;
+        }
         self.save()?;
+        self.finish_saving()?;
         Ok(Outcome {
             rank: self.trainer.comm.rank(),
             checkpoint: self.checkpoint(self.trainer.position.step),
@@ -333,8 +370,9 @@ impl<B: Ops> Session<B> {
     fn halt(&mut self, step: u64, position: Position, tensor: String) -> Result<()> {
         while self.trainer.collect()?.is_some() {}
         self.trainer.position = position;
-        self.saved = None;
-        self.write_checkpoint()?;
+        self.finish_saving()?;
+        self.begin_saving()?;
+        self.finish_saving()?;
         Err(Error::NonFinite { step, tensor, checkpoint: self.checkpoint(position.step) })
     }
 
@@ -358,122 +396,77 @@ impl<B: Ops> Session<B> {
         files.metrics.append(&Record::Validation(record))
     }
 
+    /// Lets the model write, on rank 0, while the others wait in their next sum.
+    fn sample(&mut self) -> Result<()> {
+        self.flush()?;
+        let seconds = self.seconds();
+        let (Some(sampler), Some(files)) = (&mut self.sampler, &mut self.files) else { return Ok(()) };
+        for sample in sampler.write(&self.trainer, seconds)? {
+            files.say(&format!("step {} writes: {}{}", sample.step, sample.prompt, sample.text));
+            files.metrics.append(&Record::Sample(sample))?;
+        }
+        Ok(())
+    }
+
+    /// Begins to save, unless this state is saved or being saved already.
     fn save(&mut self) -> Result<()> {
         self.flush()?;
         if self.saved == Some(self.trainer.position.step) {
             return Ok(());
         }
         let start = Instant::now();
-        self.write_checkpoint()?;
-        let Some(files) = &mut self.files else { return Ok(()) };
-        let keep_every = (self.config.checkpoint.keep_every > 0).then_some(self.config.checkpoint.keep_every);
-        let keep_last =
-            if self.config.checkpoint.keep_last == 0 { usize::MAX } else { self.config.checkpoint.keep_last };
-        files.store.prune(keep_last, keep_every)?;
-        let path = files.store.path(self.trainer.position.step);
-        files.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
-        Ok(())
+        if self.finish_saving()? {
+            let waited = start.elapsed().as_secs_f64();
+            self.say(&format!("waited {waited:.2} s for that before the next one can begin (checkpoint.every)"));
+        }
+        self.begin_saving()
     }
 
-    /// Rank 0 writes; all go on once it has.
-    fn write_checkpoint(&mut self) -> Result<()> {
+    fn begin_saving(&mut self) -> Result<()> {
         self.trainer.position.seconds = self.seconds();
-        let written = self.files.as_ref().map_or(Ok(()), |files| self.write_to(&files.store));
-        agree(&*self.trainer.comm, written)?;
+        let Self { saver, trainer, config, meaning, tokenizer, .. } = self;
+        saver.begin(trainer, meaning, |writer| {
+            write_documents(trainer, config, meaning, tokenizer.as_deref(), writer)
+        })?;
         self.saved = Some(self.trainer.position.step);
         Ok(())
     }
 
-    fn write_to(&self, store: &Store) -> Result<()> {
-        let position = self.trainer.position;
-        let progress = Saved {
-            position,
-            data: self.trainer.feed.samples.fingerprint(),
-            config: Some(self.config.clone()),
-            version: env!("CARGO_PKG_VERSION").into(),
-        };
-        if let Some(tuning) = self.trainer.backend.tuning() {
-            let path = self.config.run.join(TUNING_FILE);
-            fs::write(&path, tuning).map_err(Error::io("write", &path))?;
-        }
-        let mut writer = store.create(position.step)?;
-        writer.json(CONFIG, &self.meaning)?;
-        writer.json(STATE, &progress)?;
-        if let Some(tokenizer) = &self.tokenizer {
-            writer.bytes(TOKENIZER_FILE, tokenizer)?;
-        }
-        let optimizer = Some(&self.meaning.optimizer);
-        self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
-        writer.commit()
+    /// Waits for the save under way; returns whether there was one.
+    fn finish_saving(&mut self) -> Result<bool> {
+        let saved = self.saver.finish(&*self.trainer.comm)?;
+        let some = saved.is_some();
+        self.say_saved(saved);
+        Ok(some)
+    }
+
+    fn say_saved(&mut self, saved: Option<Saved>) {
+        let Some(Saved { step, pause, whole }) = saved else { return };
+        let path = self.checkpoint(step);
+        let (pause, whole) = (pause.as_secs_f64(), whole.as_secs_f64());
+        self.say(&format!("saved {} in {whole:.2} s; training paused for {pause:.2} s", path.display()));
     }
 }
 
-/// Goes on with the algorithms that the run has used so far.
-fn take_over_tuning<B: Ops>(backend: &B, run: &Path) -> Result<()> {
-    let path = run.join(TUNING_FILE);
-    if !path.exists() {
-        return Ok(());
-    }
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    if !backend.tune(&text) {
-        tracing::warn!(
-            "{}: measured on another device or with another library: measured anew, results may differ in their last bits",
-            path.display()
-        );
-    }
-    Ok(())
-}
-
-/// A run folder that is made anew must not hold the checkpoint that the run starts from.
-fn refuse_run_around_source(run: &Path, from: &Path) -> Result<()> {
-    match (fs::canonicalize(run), fs::canonicalize(from)) {
-        (Ok(folder), Ok(source)) if source.starts_with(&folder) => {
-            let why = format!("lies in the run folder {} that would be made anew: choose another run", run.display());
-            Err(Error::config("init.from", from.display(), why))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing
-/// that no run made.
-fn new_run_folder(run: &Path, force: bool) -> Result<()> {
-    let mut entries = match fs::read_dir(run) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return fs::create_dir_all(run).map_err(Error::io("create", run));
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Error::config("run", run.display(), "is, or lies in, a file: choose another name"));
-        }
-        Err(e) => return Err(Error::io("read", run)(e)),
+/// What a checkpoint holds beside tensors.
+fn write_documents<B: Ops>(
+    trainer: &Trainer<B>,
+    config: &Config,
+    meaning: &Meaning,
+    tokenizer: Option<&[u8]>,
+    writer: &mut Writer,
+) -> Result<()> {
+    let progress = Progress {
+        position: trainer.position,
+        data: trainer.feed.samples.fingerprint(),
+        config: Some(config.clone()),
+        version: env!("CARGO_PKG_VERSION").into(),
     };
-    let first = entries.next();
-    // All that a run that was killed at its very beginning left behind.
-    let begun = |entry: &fs::DirEntry| fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
-    match (first, entries.next()) {
-        (None, _) => return Ok(()),
-        (Some(Ok(entry)), None) if entry.path() == Store::new(run).dir() && begun(&entry) => return Ok(()),
-        _ => {}
+    if let Some(tuning) = trainer.backend.tuning() {
+        let path = config.run.join(TUNING_FILE);
+        fs::write(&path, tuning).map_err(Error::io("write", &path))?;
     }
-    if !force {
-        return Err(Error::Exists { path: run.into() });
-    }
-    let checkpoints = Store::new(run).dir().to_path_buf();
-    if !run.join(CONFIG_FILE).is_file() || !checkpoints.is_dir() {
-        let why = format!(
-            "is a folder that no run made (it has no {CONFIG_FILE} or no checkpoints/): --force does not replace it; choose another name"
-        );
-        return Err(Error::file(run, why));
-    }
-    fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
-    tensorboard::remove(run)?;
-    for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
-        let path = run.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
-            _ => {}
-        }
-    }
-    Ok(())
+    writer.json(CONFIG, meaning)?;
+    writer.json(STATE, &progress)?;
+    tokenizer.map_or(Ok(()), |tokenizer| writer.bytes(TOKENIZER_FILE, tokenizer))
 }

@@ -75,12 +75,8 @@ fn run<B: Muon>(backend: &B, inputs: &Inputs) -> Result<[Vec<f64>; 3]> {
     let mut partials = unwritten(backend, DType::F64, 2)?;
     for skip in [0, 1] {
         let mut scalars = [0.0; SCALARS];
-        let inputs = [
-            (Scalar::LearningRate, LR),
-            (Scalar::Time, 3.0),
-            (Scalar::Factor, FACTOR),
-            (Scalar::Skip, skip as f64),
-        ];
+        let inputs =
+            [(Scalar::LearningRate, LR), (Scalar::Time, 3.0), (Scalar::Factor, FACTOR), (Scalar::Skip, skip as f64)];
         inputs.into_iter().for_each(|(scalar, value)| *scalar.in_mut(&mut scalars) = value);
         let scalars = put(backend, DType::F64, &scalars)?;
         let matrix = MuonMatrix {

@@ -120,13 +120,21 @@ pub fn check(options: &Options, kind: Parametrization) -> Result<Check> {
         return Err(Error::config("init", "set", why));
     }
     // All widths first: a long check should not end at its last one.
-    options.widths.iter().try_for_each(|&width| narrow(options, width).and_then(|w| Sizes::at(&config, w)).map(drop))?;
+    options
+        .widths
+        .iter()
+        .try_for_each(|&width| narrow(options, width).and_then(|w| Sizes::at(&config, w)).map(drop))?;
     let mut seen: Sums = BTreeMap::new();
     for &width in &options.widths {
         for seed in 0..options.seeds {
             let sets = sets(options, &config, kind, width, config.seed + seed)?;
             let prepared = prepare(options, &config, width, &sets)?;
-            let place = Place { device: config.device, precision: config.precision, threads: config.threads, ..Place::default() };
+            let place = Place {
+                device: config.device,
+                precision: config.precision,
+                threads: config.threads,
+                ..Place::default()
+            };
             let work = Probe { prepared, steps: options.steps };
             for (order, (layer, sizes)) in place.run(work)?.into_iter().enumerate() {
                 for (step, (size, change)) in sizes.into_iter().enumerate() {

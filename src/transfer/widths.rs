@@ -40,7 +40,8 @@ impl Sizes {
         let scaled = |name: &str, size: usize| match size.checked_mul(width) {
             Some(product) if width > 0 && product.is_multiple_of(from) => Ok((name.to_string(), product / from)),
             _ => {
-                let why = format!("{name} = {size} at width {from} would be {size} × {width} / {from}: no whole number");
+                let why =
+                    format!("{name} = {size} at width {from} would be {size} × {width} / {from}: no whole number");
                 Err(Error::config("width", width, why))
             }
         };
@@ -51,11 +52,7 @@ impl Sizes {
             }
             Arch::Gpt2 | Arch::Llama => {
                 let heads = model.kv_heads.unwrap_or(1);
-                vec![
-                    scaled("residual", from)?,
-                    scaled("ffn", model.hidden_width(from))?,
-                    scaled("kv_heads", heads)?,
-                ]
+                vec![scaled("residual", from)?, scaled("ffn", model.hidden_width(from))?, scaled("kv_heads", heads)?]
             }
         };
         Ok(Self { arch: model.arch, sizes })

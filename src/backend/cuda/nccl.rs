@@ -20,6 +20,8 @@ use crate::{
         Comm, Ticket, settle,
         tcp::{Tcp, Tree},
     },
+    machine,
+    trace::Lane,
 };
 use std::{
     env,
@@ -400,6 +402,9 @@ impl Comm<Cuda> for Nccl {
         follow(cuda, stream, Stream::Communication);
         cuda.fault()?;
         let group = cuda.group.get().expect("joined by `new`");
+        let bytes = values.len() * values.dtype().size();
+        let _sum =
+            cuda.span(Stream::Communication, Lane::Communication, format_args!("sum of {}", machine::size(bytes)));
         group.sum(cuda, &values)?;
         Ok(Ticket::enqueued())
     }

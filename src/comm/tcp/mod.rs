@@ -19,6 +19,8 @@ use super::{
 use crate::{
     DType, Error, Result,
     backend::{Backend, HostBuffer, Mut, Stream},
+    machine,
+    trace::{self, Lane},
 };
 use links::{Fault, Leaving, Link, Links};
 use std::{
@@ -360,10 +362,13 @@ fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>, lost: &Lost) {
         };
         match job {
             Job::Sum(mut values, answer) => {
+                let bytes = values.bytes().len();
+                let _sum = trace::span(Lane::Communication, format_args!("sum of {}", machine::size(bytes)));
                 let done = attempt(&mut |piece| tree.sum(values.bytes_mut(), piece));
                 let _ = answer.send(done.map(|()| values));
             }
             Job::Exchange(mine, answer) => {
+                let _exchange = trace::span(Lane::Communication, "hosts exchange");
                 let mut all = Vec::new();
                 let done = attempt(&mut |_| tree.gather(&mine).map(|found| all = found));
                 let _ = answer.send(done.map(|()| all));
@@ -405,7 +410,9 @@ impl<B: Backend> Comm<B> for Tcp<B> {
 
     fn finish_all_reduce(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()> {
         let Some(answer) = ticket.0 else { return Ok(()) };
+        let waiting = trace::span(Lane::Host, "wait for a sum");
         let host = answer.recv().map_err(gone)??;
+        drop(waiting);
         backend.upload(stream, &host, 0..host.bytes().len(), values);
         backend.synchronize(&backend.record(stream))?;
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(host);

@@ -48,8 +48,19 @@ impl Muon for Cuda {
         let (moment_type, gradient_type) = (tag(first.dtype()), tag(gradient.dtype()));
         let ([_, rounding], at, scratch) = (stochastic::stream(0.0).key(), offset as u64, x.reborrow());
         muon_momentum(
-            self, launch, scratch, first, moment_type, gradient, gradient_type, sums.reborrow(), scalars, rounding, at,
-            len, chunk,
+            self,
+            launch,
+            scratch,
+            first,
+            moment_type,
+            gradient,
+            gradient_type,
+            sums.reborrow(),
+            scalars,
+            rounding,
+            at,
+            len,
+            chunk,
         );
         muon_normalise(self, launch, x.reborrow(), sums.as_ref(), count, settings.eps, len, chunk);
         let update = self.orthogonalise(x, y, a, b, [rows, columns]);

@@ -151,7 +151,9 @@ pub(in crate::ops) fn add_up_partials(
 ) {
     let sides = if second.is_some() { 2 } else { 1 };
     let sum_type = tag(first.dtype());
-    assert!(matches!(first.dtype(), DType::F32 | DType::BF16) && second.as_ref().is_none_or(|s| s.dtype() == first.dtype()));
+    assert!(
+        matches!(first.dtype(), DType::F32 | DType::BF16) && second.as_ref().is_none_or(|s| s.dtype() == first.dtype())
+    );
     let (count, launch) = (partials.len() / (sides * width), Launch::grid(width.div_ceil(32), sides, 1).threads(1024));
     add_up(cuda, launch, first, second, sum_type, partials, count as u64, width as u32);
 }

@@ -286,7 +286,10 @@ fn moments_in_bf16_are_neighbours_of_those_in_f32() {
             }
             // A fourth of the elements are rounded to the neighbour that is farther off.
             let some = exact.iter().filter(|&&m| m != 0.0).count();
-            assert!(some == 0 || (some / 5..some / 3).contains(&farther), "{method:?}: moment {k}: {farther} of {some}");
+            assert!(
+                some == 0 || (some / 5..some / 3).contains(&farther),
+                "{method:?}: moment {k}: {farther} of {some}"
+            );
         }
         if self::kept(method)[2] {
             assert_eq!(halves(&narrow.moments[2]), halves(&narrow.moments[1]), "a maximum of one is that one");
@@ -312,7 +315,10 @@ fn moments_in_bf16_follow_in_the_mean() {
         let mean = kept.iter().sum::<f64>() / PIECE as f64;
         let deviation = (kept.iter().map(|m| (m - mean).powi(2)).sum::<f64>() / PIECE as f64).sqrt();
         assert!(deviation > 0.0, "moment {k} is not random");
-        assert!((mean - exact).abs() < 5.0 * deviation / (PIECE as f64).sqrt(), "moment {k}: {mean} instead of {exact}");
+        assert!(
+            (mean - exact).abs() < 5.0 * deviation / (PIECE as f64).sqrt(),
+            "moment {k}: {mean} instead of {exact}"
+        );
     }
 }
 

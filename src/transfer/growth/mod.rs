@@ -362,7 +362,7 @@ fn curve(folder: &Path) -> Result<Vec<(f64, f64)>> {
     let records = metrics::read(&folder.join(metrics::FILE_NAME))?;
     let validation = |record| match record {
         Record::Validation(v) => Some((v.tokens as f64, v.loss)),
-        Record::Step(_) => None,
+        Record::Step(_) | Record::Sample(_) => None,
     };
     Ok(records.into_iter().filter_map(validation).collect())
 }
@@ -370,8 +370,9 @@ fn curve(folder: &Path) -> Result<Vec<(f64, f64)>> {
 /// Tokens that a run has seen.
 fn last_tokens(folder: &Path) -> Result<f64> {
     let tokens = |record: Record| match record {
-        Record::Validation(v) => v.tokens as f64,
-        Record::Step(s) => s.tokens as f64,
+        Record::Validation(v) => Some(v.tokens as f64),
+        Record::Step(s) => Some(s.tokens as f64),
+        Record::Sample(_) => None,
     };
-    Ok(metrics::read(&folder.join(metrics::FILE_NAME))?.into_iter().map(tokens).fold(0.0, f64::max))
+    Ok(metrics::read(&folder.join(metrics::FILE_NAME))?.into_iter().filter_map(tokens).fold(0.0, f64::max))
 }

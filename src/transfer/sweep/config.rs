@@ -136,7 +136,11 @@ impl Range {
         match (self.log, self.linear) {
             (Some([low, high]), None) if low > 0.0 && high > low && high.is_finite() => {}
             (None, Some([low, high])) if high > low && (high - low).is_finite() => {}
-            _ => return refuse("must be { log = [low, high] } or { linear = [low, high] } with low < high (0 < low for log)"),
+            _ => {
+                return refuse(
+                    "must be { log = [low, high] } or { linear = [low, high] } with low < high (0 < low for log)",
+                );
+            }
         }
         if grid && self.points < 2 {
             return refuse("needs points = 2 or more for a grid");
@@ -184,14 +188,22 @@ impl SweepConfig {
         match self.search {
             Search::Random { trials: 0, .. } => return Err(Error::config("search.trials", 0, "must be 1 or more")),
             Search::Halving { eta, steps, .. } if eta < 2 || steps == 0 => {
-                return Err(Error::config("search", format!("eta {eta}, steps {steps}"), "eta is at least 2, steps at least 1"));
+                return Err(Error::config(
+                    "search",
+                    format!("eta {eta}, steps {steps}"),
+                    "eta is at least 2, steps at least 1",
+                ));
             }
             _ => {}
         }
         for (key, values) in &self.axes {
             match values {
                 Values::List(list) if list.is_empty() => {
-                    return Err(Error::config(format!("axes.{key}"), "[]", "has no value: the sweep has no valid point"));
+                    return Err(Error::config(
+                        format!("axes.{key}"),
+                        "[]",
+                        "has no value: the sweep has no valid point",
+                    ));
                 }
                 Values::List(_) => {}
                 Values::Range(range) => range.check(key, grid)?,

@@ -16,12 +16,7 @@ pub mod points;
 pub mod results;
 mod workers;
 
-use crate::{
-    Error, Result,
-    checkpoint::Store,
-    report::human,
-    run::Place,
-};
+use crate::{Error, Result, checkpoint::Store, report::human, run::Place};
 use config::{Search, SweepConfig};
 use points::{Base, Plan, Point, Values};
 use results::{Outcome, Status};

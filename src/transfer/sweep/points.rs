@@ -231,7 +231,8 @@ mod tests {
 
     #[test]
     fn names_say_the_values_and_are_file_names() {
-        let values: Values = "'optimizer.lr'=0.001\nseed=2\n'data.path'='a/b c'".parse::<toml::Table>().unwrap().into_iter().collect();
+        let values: Values =
+            "'optimizer.lr'=0.001\nseed=2\n'data.path'='a/b c'".parse::<toml::Table>().unwrap().into_iter().collect();
         assert_eq!(name(&values, Some(9)), "path=a_b_c,lr=0.001,seed=2,steps=9");
         let values: Values = "'a.lr'=1\n'b.lr'=2".parse::<toml::Table>().unwrap().into_iter().collect();
         assert_eq!(name(&values, None), "a.lr=1,b.lr=2");

@@ -86,11 +86,16 @@ impl Outcome {
     /// What a run's folder tells, after its process ended with `code`.
     pub fn of(sweep: &Path, point: &Point, code: Option<i32>, message: &str) -> Self {
         let records = metrics::read(&runs(sweep).join(&point.name).join(metrics::FILE_NAME)).unwrap_or_default();
-        let steps: Vec<_> = records.iter().filter_map(|r| if let Record::Step(s) = r { Some(s) } else { None }).collect();
-        let validation = records.iter().rev().find_map(|r| if let Record::Validation(v) = r { Some(v.loss) } else { None });
+        let steps: Vec<_> =
+            records.iter().filter_map(|r| if let Record::Step(s) = r { Some(s) } else { None }).collect();
+        let validation =
+            records.iter().rev().find_map(|r| if let Record::Validation(v) = r { Some(v.loss) } else { None });
         let tail = &steps[steps.len() - steps.len().div_ceil(10)..];
         let loss = (!tail.is_empty()).then(|| tail.iter().map(|s| s.loss).sum::<f64>() / tail.len() as f64);
-        let worse = steps.first().zip(loss).is_some_and(|(first, loss)| loss.is_nan() || (loss >= first.loss && steps.len() > 10));
+        let worse = steps
+            .first()
+            .zip(loss)
+            .is_some_and(|(first, loss)| loss.is_nan() || (loss >= first.loss && steps.len() > 10));
         let status = match code {
             Some(0) if worse => Status::Diverged,
             Some(0) => Status::Done,
@@ -173,7 +178,16 @@ fn fill(path: &Path, sweep: &Path, outcomes: &[Outcome]) -> rusqlite::Result<()>
         write.execute(
             "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
             params![
-                o.name, folder, o.base, status, o.steps as i64, o.tokens as i64, o.loss, o.validation_loss, o.seconds, o.message
+                o.name,
+                folder,
+                o.base,
+                status,
+                o.steps as i64,
+                o.tokens as i64,
+                o.loss,
+                o.validation_loss,
+                o.seconds,
+                o.message
             ],
         )?;
         for (key, value) in &o.values {

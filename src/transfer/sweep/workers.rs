@@ -59,7 +59,9 @@ impl Pool<'_> {
                 let (sender, queue, stopping) = (sender.clone(), &queue, &stopping);
                 scope.spawn(move || {
                     while !stopping() {
-                        let Some(job) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else { return };
+                        let Some(job) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
+                            return;
+                        };
                         let end = self.train(&job, *gpu, stopping);
                         let Some(end) = end.transpose() else { return };
                         let _ = sender.send(end.map(|(code, message)| (job.name, code, message)));
