@@ -1,18 +1,21 @@
 //! The training step, for one rank: from samples to updated weights, without a file or a word to the user.
 //!
 //! A step: upload its scalars; for each micro-batch of this rank forward, backward, and the sum over micro-batches; the
-//! sum over ranks, group by group as backward finishes; norm, decision, update. Nothing waits for the device: results
-//! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
+//! sum over ranks, group by group as backward finishes; norm, decision, update. Where each rank updates a part of the
+//! weights, the next step begins with all of them being sent to all ranks, and forward waits for one group after the
+//! other. Nothing waits for the device: results come back through a ring, [`LAG`] steps late, and a step that is not
+//! finite changes nothing on the device.
 
 mod results;
+mod sharding;
 
 pub use results::{Bad, StepResult};
 
 use crate::{
     DType, Error, Result,
     backend::{HostBuffer, Stream, Tensor},
-    comm::{self, Comm, Ticket},
-    config::{Config, OnNan, OptimizerConfig},
+    comm::{self, Comm},
+    config::{Config, OnNan, OptimizerConfig, Reduction},
     feed::{Feed, Samples},
     model::{
         self, Acts, Gradients, MicroBatch, Network, Weights,
@@ -33,7 +36,8 @@ use crate::{
     state::{Meaning, Position, State, StateSlots},
 };
 use results::Pending;
-use std::{collections::VecDeque, time::Instant};
+use sharding::{Gathering, Own, Shards};
+use std::{cell::RefCell, collections::VecDeque, mem, ops::Range, time::Instant};
 
 /// Steps that may be under way before the host looks at the oldest one's results.
 pub const LAG: usize = 2;
@@ -64,6 +68,12 @@ pub struct Trainer<B: Ops> {
     sums: Vec<Tensor<B>>,
     merges: Vec<usize>,
     pieces: Pieces<B>,
+    shards: Shards,
+    own: Own<B>,
+    /// Type in which gradients travel, where it is another than that in which they are summed here.
+    wire: Option<DType>,
+    /// Whether other ranks have updated weights that this one does not know yet.
+    stale: bool,
     partials: Tensor<B>,
     muon_scratch: Option<Tensor<B>>,
     scalars: Tensor<B>,
@@ -97,11 +107,13 @@ impl<B: Ops> Trainer<B> {
             optimizer.settings(table, &meaning.scaling),
         )?;
         let mut plan = Plan::default();
-        let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, share.len(), micro, recompute);
+        let rank = (comm.rank(), comm.world());
+        let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, rank, micro, recompute);
         let batch = Feed::plan(&backend, &mut plan, &*samples, micro, matches!(meaning.spec, Spec::Decoder(_)));
         let mut planned = plan.commit(&backend)?;
         let state = State::new(slots.state, &mut planned);
         let [scalars, validation] = slots.small.map(|slot| planned.take(slot));
+        let own = Own::new(&backend, &pieces, state.owned.clone())?;
         Ok(Self {
             state,
             position: Position::default(),
@@ -114,7 +126,11 @@ impl<B: Ops> Trainer<B> {
             gradients: planned.take(slots.gradients),
             sums: slots.sums.into_iter().map(|slot| planned.take(slot)).collect(),
             merges: comm::halves(share.len()),
+            own,
             pieces,
+            shards: slots.shards,
+            wire: (config.comm.reduction == Reduction::Bf16 && comm.world() > 1).then_some(DType::BF16),
+            stale: false,
             partials: planned.take(slots.partials),
             muon_scratch: slots.muon.map(|slot| planned.take(slot)),
             scalars,
@@ -131,17 +147,18 @@ impl<B: Ops> Trainer<B> {
 
     /// Weights, to read.
     pub fn weights(&self) -> Weights<'_, B> {
-        Weights { table: self.network.table(), arena: self.state.weights.view() }
+        Weights::new(self.network.table(), self.state.weights.view())
     }
 
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
     pub fn step(&mut self) -> Result<Option<StepResult>> {
         let mut pending = self.begin()?;
+        let mut gathering = self.begin_gather()?;
         let share = comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world());
         for index in share.clone() {
             let first = pending.before.samples + (index * self.micro.samples) as u64;
             self.feed.train(&self.backend, first)?;
-            self.micro_step(index - share.start, index + 1 == share.end)?;
+            self.micro_step(index - share.start, index + 1 == share.end, mem::take(&mut gathering))?;
         }
         self.update()?;
         self.backend.download(Stream::Compute, self.scalars.view(), &mut pending.results, 0);
@@ -183,77 +200,121 @@ impl<B: Ops> Trainer<B> {
         Ok(pending)
     }
 
-    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches.
-    fn micro_step(&mut self, index: usize, last: bool) -> Result<()> {
-        let scale = 1.0 / self.nominal();
-        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, graphs, micro, .. } =
-            self;
-        let (comm, merges) = (&**comm, merges[index]);
-        let top = stack_height(&self.merges, index);
-        let (mut fault, mut tickets) = (Ok(()), Vec::new());
+    /// Lets other ranks have the weights that this one updated, and this one theirs. All ranks do so together, before
+    /// weights are read for anything but the next step.
+    pub fn gather(&mut self) -> Result<()> {
+        let gathering = RefCell::new(self.begin_gather()?);
+        let Self { backend, comm, network, state, .. } = self;
+        Gathering::weights(&gathering, backend, &**comm, network.table(), state.weights.view_mut()).finish();
+        gathering.into_inner().fault
+    }
+
+    fn begin_gather(&mut self) -> Result<Gathering<B>> {
+        if !mem::take(&mut self.stale) {
+            return Ok(Gathering::default());
+        }
+        let Self { backend, comm, network, state, shards, .. } = self;
+        shards.begin_gather(backend, &**comm, network.table(), &mut state.weights)
+    }
+
+    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches; forward
+    /// waits for weights that are on their way.
+    fn micro_step(&mut self, index: usize, last: bool, gathering: Gathering<B>) -> Result<()> {
+        let (scale, top, wire) = (1.0 / self.nominal(), stack_height(&self.merges, index), self.wire);
+        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, .. } = self;
+        let Self { scalars, graphs, micro, shards, own, .. } = self;
+        let (comm, table, merges) = (&**comm, network.table(), merges[index]);
+        let (mut fault, mut under_way) = (Ok(()), Vec::new());
         let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
             if sums.is_empty() {
                 return;
             }
-            let range = network.table().group(group);
+            let range = table.group(group);
             push(backend, sums, top, merges, range.clone(), part.as_ref());
             if last && comm.world() > 1 && fault.is_ok() {
-                match reduce(backend, comm, sums[0].slice_mut(range.clone())) {
-                    Ok(ticket) => tickets.push((range, ticket)),
+                let memory = wire.map(|dtype| (part, dtype));
+                match shards.begin_sums(backend, comm, &range, &mut sums[0], memory) {
+                    Ok(begun) => under_way.extend(begun),
                     Err(error) => fault = Err(error),
                 }
             }
         };
-        let weights = Weights { table: network.table(), arena: state.weights.view() };
+        // Hosts have a part in what goes on between ranks: it is not recorded.
+        let recorded = gathering.is_empty() && !(last && comm.world() > 1);
+        let gathering = RefCell::new(gathering);
+        let arena = Gathering::weights(&gathering, backend, comm, table, state.weights.view_mut());
         let mut work = || {
-            let mut gradients =
-                Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
+            let mut gradients = Gradients { table, arena: gradients.view_mut(), finished: &mut finished };
+            let weights = Weights::arriving(table, &arena);
             network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);
             backend.tally(scalars.view_mut(), acts.losses().view(), feed.batch.targets.view());
             Ok(())
         };
-        // Sums over ranks begin within the last micro-step, and hosts have a part in them: it is not recorded.
-        if last && comm.world() > 1 { work() } else { backend.captured(&mut graphs.0[index], work) }?;
-        fault?;
-        for (range, ticket) in tickets {
-            comm.finish_all_reduce(backend, Stream::Communication, ticket, sums[0].slice_mut(range))?;
-        }
-        if last && !self.sums.is_empty() {
-            let done = self.backend.record(Stream::Communication);
-            self.backend.wait(Stream::Compute, &done);
-            self.backend.accumulate(self.gradients.view_mut(), self.sums[0].view(), false);
+        if recorded { backend.captured(&mut graphs.0[index], work) } else { work() }?;
+        arena.finish();
+        drop(arena);
+        gathering.into_inner().fault.and(fault)?;
+        if last && !sums.is_empty() {
+            Shards::finish_sums(backend, comm, under_way, &mut sums[0], gradients, wire)?;
+            let own = own.range.clone();
+            backend.accumulate(gradients.slice_mut(own.clone()), sums[0].slice(own), false);
         }
         Ok(())
     }
 
-    /// Norm, decision, update.
+    /// Norm, decision, update. Where others update the rest, sums over all pieces are made of theirs and this rank's:
+    /// what it does not own is 0, which changes no sum of a piece.
     fn update(&mut self) -> Result<()> {
         let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
         self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
-        let decision = self.decision();
-        let Self {
-            backend, network, state, gradients, pieces, partials, muon_scratch, scalars, graphs, optimizer, ..
-        } = self;
-        let table = network.table();
+        let (decision, apart) = (self.decision(), self.shards.are_many());
+        let Self { backend, comm, network, state, gradients, pieces, own, partials, .. } = self;
+        let Self { muon_scratch, scalars, graphs, optimizer, .. } = self;
+        let (table, count) = (network.table(), pieces.list.len());
+        let norms = |partials: &mut Tensor<B>| {
+            backend.square_norms(
+                partials.slice_mut(own.among.clone()),
+                gradients.slice(own.range.clone()),
+                &own.pieces,
+            );
+        };
+        if apart {
+            backend.zero(Stream::Compute, partials.view_mut());
+            norms(partials);
+            comm.all_reduce(backend, Stream::Compute, partials.slice_mut(0..count))?;
+        }
         backend.captured(&mut graphs.1, || {
-            let count = pieces.list.len();
-            backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
+            if !apart {
+                norms(partials);
+            }
             backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
+            if apart {
+                backend.zero(Stream::Compute, partials.view_mut());
+            }
             let arenas = Arenas {
-                weights: state.weights.view_mut(),
+                weights: state.weights.slice_mut(own.range.clone()),
                 master: state.master.as_mut().map(Tensor::view_mut),
                 first: state.first.as_mut().map(Tensor::view_mut),
                 second: state.second.as_mut().map(Tensor::view_mut),
                 maximum: state.maximum.as_mut().map(Tensor::view_mut),
-                gradients: gradients.view(),
+                gradients: gradients.slice(own.range.clone()),
             };
-            backend.update(arenas, partials.slice_mut(0..count), scalars.view(), pieces, optimizer.method());
+            let changes = partials.slice_mut(own.among.clone());
+            backend.update(arenas, changes, scalars.view(), &own.pieces, optimizer.method());
             if let Some(scratch) = muon_scratch {
                 muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
             }
-            backend.finish_update(scalars.view_mut(), partials.view());
+            if !apart {
+                backend.finish_update(scalars.view_mut(), partials.view());
+            }
             Ok(())
-        })
+        })?;
+        if apart {
+            comm.all_reduce(backend, Stream::Compute, partials.view_mut())?;
+            backend.finish_update(scalars.view_mut(), partials.view());
+            self.stale = true;
+        }
+        Ok(())
     }
 
     /// Tokens (rows) of a step, over all ranks, ignored ones among them.
@@ -279,10 +340,11 @@ impl<B: Ops> Trainer<B> {
         if batches == 0 {
             return Ok(None);
         }
+        self.gather()?;
         self.backend.zero(Stream::Compute, self.validation.view_mut());
         for index in comm::share(batches, self.comm.rank(), self.comm.world()) {
             self.feed.validate(&self.backend, (index * self.micro.samples) as u64)?;
-            let weights = Weights { table: self.network.table(), arena: self.state.weights.view() };
+            let weights = Weights::new(self.network.table(), self.state.weights.view());
             self.network.evaluate(&self.backend, weights, &mut self.acts, &self.feed.batch, self.micro);
             self.backend.tally(self.validation.view_mut(), self.acts.losses().view(), self.feed.batch.targets.view());
         }
@@ -303,53 +365,56 @@ struct Slots {
     sums: Vec<Slot>,
     muon: Option<Slot>,
     partials: Slot,
+    shards: Shards,
     small: [Slot; 2],
     acts: model::Slots,
 }
 
 impl Slots {
-    /// `share`: micro-batches of this rank.
+    /// For one rank (its number, and how many there are).
     fn reserve<B: Ops>(
         backend: &B,
         plan: &mut Plan,
         network: &Network<B>,
         config: &Config,
         meaning: &Meaning,
-        share: usize,
+        (rank, world): (usize, usize),
         micro: MicroBatch,
         recompute: Recompute,
     ) -> Self {
         let (table, optimizer) = (network.table(), &meaning.optimizer);
         let settings = optimizer.settings(table, &meaning.scaling);
         let pieces = pieces::cut((0..table.rows.len()).map(|row| table.values(row)), 0..table.arena).len();
+        let shards = Shards::new(table, &settings, if config.comm.zero { world } else { 1 });
+        let (owned, share) = (shards.of(rank), comm::share(config.batch.micro_batches, rank, world).len());
         let depth = if config.batch.micro_batches > 1 { comm::depth(share) } else { 0 };
         let mut sum = |i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena);
         Self {
             sums: (0..depth).map(&mut sum).collect(),
-            state: State::plan(backend, plan, table, Some(optimizer)),
+            state: State::plan_part(backend, plan, table, Some(optimizer), owned.clone()),
             gradients: plan.reserve("gradients", backend.gradient(), table.arena),
-            muon: muon_scratch(table, &settings).map(|len| plan.reserve("muon", backend.compute(), len)),
+            muon: muon_scratch(table, &settings, &owned).map(|len| plan.reserve("muon", backend.compute(), len)),
             partials: plan.reserve("partial sums", DType::F64, pieces + table.rows.len()),
+            shards,
             small: ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS)),
             acts: network.plan(backend, plan, micro, Some(recompute)),
         }
     }
 }
 
-/// Bytes that training will take, all but the batch itself, for one of `world` ranks.
+/// Bytes that training will take, all but the batch itself, for one rank (its number, and how many there are).
 pub fn memory<B: Ops>(
     backend: &B,
     network: &Network<B>,
     config: &Config,
     meaning: &Meaning,
-    world: usize,
+    rank: (usize, usize),
     samples: usize,
     recompute: Recompute,
 ) -> usize {
     let mut plan = Plan::default();
-    let (share, micro) = (comm::share(config.batch.micro_batches, 0, world), micro_batch(config, &meaning.spec));
-    let micro = MicroBatch { samples, ..micro };
-    Slots::reserve(backend, &mut plan, network, config, meaning, share.len(), micro, recompute);
+    let micro = MicroBatch { samples, ..micro_batch(config, &meaning.spec) };
+    Slots::reserve(backend, &mut plan, network, config, meaning, rank, micro, recompute);
     plan.bytes()
 }
 
@@ -378,7 +443,7 @@ fn push<B: Ops>(
     sums: &mut [Tensor<B>],
     top: usize,
     merges: usize,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     part: crate::backend::Ref<'_, B>,
 ) {
     backend.accumulate(sums[top].slice_mut(range.clone()), part, false);
@@ -388,17 +453,15 @@ fn push<B: Ops>(
     }
 }
 
-/// Begins a sum over ranks on the communication stream, behind what the compute stream has done so far.
-fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_, B>) -> Result<Ticket<B>> {
-    let ready = backend.record(Stream::Compute);
-    backend.wait(Stream::Communication, &ready);
-    comm.begin_all_reduce(backend, Stream::Communication, part)
+/// Elements of scratch for the largest matrix that Muon updates here; None if there is none.
+fn muon_scratch(table: &Table, settings: &[RowSettings], owned: &Range<usize>) -> Option<usize> {
+    let rows = muon_rows(table, settings, owned).map(|i| &table.rows[i]);
+    rows.map(|row| muon::scratch(row.axes[0].size(), row.columns())).max()
 }
 
-/// Elements of scratch for Muon's largest matrix; None if no row is Muon's.
-fn muon_scratch(table: &Table, settings: &[RowSettings]) -> Option<usize> {
-    let rows = table.rows.iter().zip(settings).filter(|(_, settings)| settings.muon != 0);
-    rows.map(|(row, _)| muon::scratch(row.axes[0].size(), row.columns())).max()
+/// Muon's rows in this part of the arena; each has one owner.
+fn muon_rows(table: &Table, settings: &[RowSettings], owned: &Range<usize>) -> impl Iterator<Item = usize> {
+    (0..table.rows.len()).filter(move |&i| settings[i].muon != 0 && owned.contains(&table.offsets[i]))
 }
 
 #[allow(clippy::too_many_arguments, reason = "the disjoint parts of a trainer")]
@@ -412,17 +475,18 @@ fn muon_update<B: Ops>(
     scratch: &mut Tensor<B>,
     scalars: &Tensor<B>,
 ) {
-    for (i, (row, settings)) in table.rows.iter().zip(&pieces.rows).enumerate().filter(|(_, (_, s))| s.muon != 0) {
-        let values = table.values(i);
-        let Some(first) = state.first.as_mut() else { return };
+    let Some(first) = state.first.as_mut() else { return };
+    for i in muon_rows(table, &pieces.rows, &state.owned) {
+        let (row, values) = (&table.rows[i], table.values(i));
+        let kept = values.start - state.owned.start..values.end - state.owned.start;
         let matrix = MuonMatrix {
             weight: state.weights.slice_mut(values.clone()),
-            master: state.master.as_mut().map(|m| m.slice_mut(values.clone())),
-            first: first.slice_mut(values.clone()),
+            master: state.master.as_mut().map(|m| m.slice_mut(kept.clone())),
+            first: first.slice_mut(kept),
             gradient: gradients.slice(values),
             rows: row.axes[0].size(),
             columns: row.columns(),
-            settings: *settings,
+            settings: pieces.rows[i],
         };
         let at = pieces.list.len() + i;
         let needed = 0..muon::scratch(matrix.rows, matrix.columns);

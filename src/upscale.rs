@@ -142,7 +142,8 @@ pub fn meaning(origin: &Meaning, growth: Option<&Growth>) -> Result<Meaning> {
     Ok(meaning)
 }
 
-/// Fills a state (its weights, and with `moments` kept its moments) from a checkpoint, widening by `growth`.
+/// Fills a state (its weights, and with `moments` kept its moments, as far as this rank has them) from a checkpoint,
+/// widening by `growth`. Noise does not depend on what part that is.
 ///
 /// `optimizer` is the one that will go on; its moments must be the source's. None: weights alone.
 pub fn load<B: Ops>(
@@ -166,21 +167,21 @@ pub fn load<B: Ops>(
             Some(growth) => loader.noise(backend, &mut staging, growth, &wide, &target.scaling, ratios)?,
             None => None,
         };
-        let weights = state.updated_mut().slice_mut(wide.values(i));
-        loader.expand(backend, &mut staging, &row.name, MODEL, weights, ratios.s(), noise.as_ref())?;
+        for (start, part) in state.renew(wide.values(i)) {
+            loader.expand(backend, &mut staging, &row.name, MODEL, (start, part), ratios.s(), noise.as_ref())?;
+        }
         // Moments that were reset when the checkpoint was written are zero, as they are in a new state.
         let fresh = origin.progress.position.time == 0 && !origin.has_moments();
         let (Some(optimizer), Moments::Keep, false) = (optimizer, moments, fresh) else { continue };
         for moment in Moment::ALL.into_iter().filter(|m| m.exists(optimizer, row)) {
             let factors = ratios.factors(optimizer.rule(row));
             let scale = if moment == Moment::First { factors.first } else { factors.second };
-            let Some(arena) = state.moment_mut(moment) else { continue };
-            let arena = arena.slice_mut(wide.values(i));
             let name = moment.name(&row.name);
             if !origin.reader.contains(&name) {
                 return Err(no_moments(origin, &name));
             }
-            loader.expand(backend, &mut staging, &name, OPTIMIZER, arena, scale, None)?;
+            let Some(part) = state.renew_moment(moment, &wide.values(i)) else { continue };
+            loader.expand(backend, &mut staging, &name, OPTIMIZER, part, scale, None)?;
         }
     }
     state.round(backend);
@@ -221,14 +222,14 @@ impl<'a, B: Ops> RowLoader<'a, B> {
         })
     }
 
-    /// Writes scale × (copies of the tensor `name`) + noise.
+    /// Writes a part of scale × (copies of the tensor `name`) + noise, from its element `start` on.
     fn expand(
         &self,
         backend: &B,
         staging: &mut Staging<B>,
         name: &str,
         file: &str,
-        target: crate::backend::Mut<'_, B>,
+        (start, target): (usize, crate::backend::Mut<'_, B>),
         scale: f64,
         noise: Option<&Noise>,
     ) -> Result<()> {
@@ -241,7 +242,7 @@ impl<'a, B: Ops> RowLoader<'a, B> {
             columns_map: self.columns_map.view(),
             scale,
         };
-        backend.expand(target, 0, self.row.columns(), source, noise);
+        backend.expand(target, start, self.row.columns(), source, noise);
         drop(bytes);
         self.origin.reader.release(name)
     }

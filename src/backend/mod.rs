@@ -310,6 +310,17 @@ impl<'a, B: Backend> Mut<'a, B> {
         Ref { address: self.address, len: self.len, dtype: self.dtype, lifetime: PhantomData }
     }
 
+    /// What was borrowed to write, to be read from now on.
+    pub fn into_ref(self) -> Ref<'a, B> {
+        Ref { address: self.address, len: self.len, dtype: self.dtype, lifetime: PhantomData }
+    }
+
+    /// The same memory, from its beginning, for as many elements of a type that is not larger: what it held is lost.
+    pub fn reuse(self, dtype: DType) -> Self {
+        assert!(dtype.size() <= self.dtype.size(), "{dtype} where {} was", self.dtype);
+        Self { dtype, ..self }
+    }
+
     /// A range of elements. Panics when it lies outside: an error of ours.
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);

@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, Precision},
+    config::{Config, Device, Precision, Reduction},
     ops::Ops,
 };
 
@@ -47,6 +47,10 @@ impl Place {
         }
         let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
         if !place.on_gpu()? {
+            if config.comm.reduction == Reduction::Bf16 {
+                let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
+                return Err(Error::config("comm.reduction", "bf16", why));
+            }
             return Ok(Self { device: Device::Cpu, ..place });
         }
         let ordinal = match cuda::driver::devices()? as usize {

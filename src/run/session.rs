@@ -62,7 +62,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
     let world = ranks.world.clone();
     let comm = ranks.comm(&backend)?;
-    let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
+    let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning, &world))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
     if resumes {
@@ -120,13 +120,14 @@ fn load<B: Ops>(trainer: &mut Trainer<B>, start: Option<Start>, config: &Config,
 }
 
 /// The cheapest way to save memory that fits.
-fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> Result<Recompute> {
+fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning, world: &World) -> Result<Recompute> {
     let network = Network::new(backend, &meaning.spec, &meaning.scaling)?;
     let limit = match config.memory.limit {
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
-    let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, 1, samples, recompute);
+    let rank = (world.rank, world.world);
+    let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, rank, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
         return Ok(recompute);
