@@ -170,78 +170,143 @@ fn short(hasher: &blake3::Hasher) -> u64 {
     u64::from_le_bytes(bytes.as_bytes()[..8].try_into().expect("a hash has 32 bytes"))
 }
 
-/// The device's batch and the host memory that it is filled from: two stages, so that one is filled while the other is
-/// still being copied.
+/// Parts of the ring: one is read by the compute stream while the other is filled.
+pub const PARTS: usize = 2;
+
+/// Micro-batches on the device: a ring of [`PARTS`] parts, filled on the copy stream while the compute stream works on
+/// what was brought before.
+///
+/// Recorded work has fixed addresses, and each part is memory of its own. So there is a recording for each part
+/// ([`Feed::part`]), rather than a copy into one place, or a kernel that finds its place by a number on the device: those
+/// would cost every step a launch and a trip through memory before the first kernel that reads tokens, the second
+/// recording costs milliseconds once.
 pub struct Feed<B: Backend> {
     /// Where micro-batches come from.
     pub samples: Box<dyn Samples>,
-    /// The batch that forward and backward read.
-    pub batch: Batch<B>,
     host: HostBatch,
-    stages: [(B::Host, Option<B::Event>); 2],
-    next: usize,
+    parts: Vec<Part<B>>,
+    current: usize,
 }
 
-/// Reserved memory of a batch.
-pub struct FeedSlots {
+/// Micro-batches that are brought together, and the host memory that they come from.
+struct Part<B: Backend> {
+    batches: Vec<Batch<B>>,
+    stage: B::Host,
+    /// The last copy is over: `stage` may be filled again, and the device's batches may be read.
+    filled: Option<B::Event>,
+    /// Whatever read the batches has run.
+    read: Option<B::Event>,
+}
+
+/// Reserved memory of a ring: its parts' micro-batches.
+pub struct FeedSlots(Vec<Vec<BatchSlots>>);
+
+struct BatchSlots {
     inputs: Slot,
     targets: Slot,
     first_key: Option<Slot>,
 }
 
 impl<B: Backend> Feed<B> {
-    /// Reserves the device's batch.
-    pub fn plan(backend: &B, plan: &mut Plan, samples: &dyn Samples, micro: MicroBatch, tokens: bool) -> FeedSlots {
+    /// Reserves the device's ring, with `batches` micro-batches in a part.
+    pub fn plan(
+        backend: &B,
+        plan: &mut Plan,
+        samples: &dyn Samples,
+        micro: MicroBatch,
+        tokens: bool,
+        batches: usize,
+    ) -> FeedSlots {
         let rows = micro.rows();
         let dtype = if tokens { DType::I32 } else { backend.compute() };
-        FeedSlots {
-            inputs: plan.reserve("batch.inputs", dtype, rows * samples.inputs()),
-            targets: plan.reserve("batch.targets", DType::I32, rows),
-            first_key: samples.resets_attention().then(|| plan.reserve("batch.first_key", DType::I32, rows)),
-        }
+        let mut batch = |i| BatchSlots {
+            inputs: plan.reserve(format!("batch.{i}.inputs"), dtype, rows * samples.inputs()),
+            targets: plan.reserve(format!("batch.{i}.targets"), DType::I32, rows),
+            first_key: samples
+                .resets_attention()
+                .then(|| plan.reserve(format!("batch.{i}.first_key"), DType::I32, rows)),
+        };
+        FeedSlots((0..PARTS).map(|part| (0..batches).map(|i| batch(part * batches + i)).collect()).collect())
     }
 
     /// Takes the reserved memory.
     pub fn new(backend: &B, samples: Box<dyn Samples>, slots: FeedSlots, planned: &mut Planned<B>) -> Result<Self> {
-        let inputs = planned.take(slots.inputs);
-        let targets = planned.take(slots.targets);
-        let first_key = slots.first_key.map(|s| planned.take(s));
+        let mut batch = |slots: BatchSlots| Batch {
+            inputs: planned.take(slots.inputs),
+            targets: planned.take(slots.targets),
+            first_key: slots.first_key.map(|slot| planned.take(slot)),
+        };
+        let parts = slots.0.into_iter().map(|slots| {
+            let batches: Vec<Batch<B>> = slots.into_iter().map(&mut batch).collect();
+            let stage = backend.host(batches.len() * bytes_of_batch(&batches[0]))?;
+            Ok(Part { batches, stage, filled: None, read: None })
+        });
+        let parts: Vec<Part<B>> = parts.collect::<Result<_>>()?;
+        let Batch { inputs, targets, first_key } = &parts[0].batches[0];
         let host = HostBatch {
             dtype: inputs.dtype(),
-            inputs: vec![0; bytes(&inputs)],
+            inputs: vec![0; bytes(inputs)],
             targets: vec![0; targets.len()],
             first_key: first_key.as_ref().map(|f| vec![0; f.len()]),
         };
-        let size = bytes(&inputs) + bytes(&targets) + first_key.as_ref().map_or(0, bytes);
-        let stages = [(backend.host(size)?, None), (backend.host(size)?, None)];
-        Ok(Self { samples, batch: Batch { inputs, targets, first_key }, host, stages, next: 0 })
+        Ok(Self { samples, host, parts, current: 0 })
     }
 
-    /// Brings the training samples from global index `first` on to the device.
-    pub fn train(&mut self, backend: &B, first: u64) -> Result<()> {
-        self.samples.train(first, &mut self.host);
-        self.upload(backend)
+    /// Brings training samples on to the device, for each of `firsts` a micro-batch from that global index on, as many
+    /// as a part has. They are what [`Feed::batch`] gives from now on.
+    pub fn train(&mut self, backend: &B, firsts: impl IntoIterator<Item = u64>) -> Result<()> {
+        self.turn(backend)?;
+        for (i, first) in firsts.into_iter().enumerate() {
+            self.samples.train(first, &mut self.host);
+            self.upload(backend, i);
+        }
+        self.hand_over(backend);
+        Ok(())
     }
 
-    /// Brings held-out samples from index `first` on to the device; returns the number of counted targets.
+    /// Brings held-out samples from index `first` on to the device, as batch 0; returns the number of counted targets.
     pub fn validate(&mut self, backend: &B, first: u64) -> Result<usize> {
+        self.turn(backend)?;
         let counted = self.samples.validate(first, &mut self.host);
-        self.upload(backend)?;
+        self.upload(backend, 0);
+        self.hand_over(backend);
         Ok(counted)
     }
 
-    fn upload(&mut self, backend: &B) -> Result<()> {
-        let (stage, busy) = &mut self.stages[self.next];
-        self.next = 1 - self.next;
-        if let Some(event) = busy.take() {
-            backend.synchronize(&event)?;
+    /// A micro-batch that was brought last, for the compute stream.
+    pub fn batch(&self, index: usize) -> &Batch<B> {
+        &self.parts[self.current].batches[index]
+    }
+
+    /// Where it lies: what reads the batches has the same arguments whenever this is the same.
+    pub fn part(&self) -> usize {
+        self.current
+    }
+
+    /// Goes on to the next part, as soon as the host may fill it; the copy stream does when its last reader is done.
+    fn turn(&mut self, backend: &B) -> Result<()> {
+        // All that reads the part so far is enqueued by now.
+        self.parts[self.current].read = Some(backend.record(Stream::Compute));
+        self.current = (self.current + 1) % PARTS;
+        let part = &mut self.parts[self.current];
+        if let Some(filled) = part.filled.take() {
+            backend.synchronize(&filled)?;
         }
-        let batch = &mut self.batch;
-        let mut at = 0;
+        if let Some(read) = part.read.take() {
+            backend.wait(Stream::Copy, &read);
+        }
+        Ok(())
+    }
+
+    /// Copies what is on the host into a batch of the current part.
+    fn upload(&mut self, backend: &B, index: usize) {
+        let Part { batches, stage, .. } = &mut self.parts[self.current];
+        let batch = &mut batches[index];
+        let mut at = index * bytes_of_batch(batch);
         let mut put = |from: &[u8], to: &mut Tensor<B>| {
             let range = at..at + from.len();
             stage.bytes_mut()[range.clone()].copy_from_slice(from);
-            backend.upload(Stream::Compute, stage, range.clone(), to.view_mut());
+            backend.upload(Stream::Copy, stage, range.clone(), to.view_mut());
             at = range.end;
         };
         put(&self.host.inputs, &mut batch.inputs);
@@ -249,9 +314,18 @@ impl<B: Backend> Feed<B> {
         if let (Some(from), Some(to)) = (&self.host.first_key, &mut batch.first_key) {
             put(bytemuck::cast_slice(from), to);
         }
-        *busy = Some(backend.record(Stream::Compute));
-        Ok(())
     }
+
+    /// Lets the compute stream wait for the copies.
+    fn hand_over(&mut self, backend: &B) {
+        let filled = backend.record(Stream::Copy);
+        backend.wait(Stream::Compute, &filled);
+        self.parts[self.current].filled = Some(filled);
+    }
+}
+
+fn bytes_of_batch<B: Backend>(batch: &Batch<B>) -> usize {
+    bytes(&batch.inputs) + bytes(&batch.targets) + batch.first_key.as_ref().map_or(0, bytes)
 }
 
 fn bytes<B: Backend>(tensor: &Tensor<B>) -> usize {

@@ -6,38 +6,43 @@
 //! other. Nothing waits for the device: results come back through a ring, [`LAG`] steps late, and a step that is not
 //! finite changes nothing on the device.
 
+mod graphs;
 mod results;
 mod sharding;
+mod update;
 
 pub use results::{Bad, StepResult};
 
 use crate::{
     DType, Error, Result,
-    backend::{HostBuffer, Stream, Tensor},
+    backend::{HostBuffer, Mut, Ref, Stream, Tensor},
     comm::{self, Comm},
-    config::{Config, OnNan, OptimizerConfig, Reduction},
+    config::{Config, OptimizerConfig, Reduction},
     feed::{Feed, Samples},
     model::{
         self, Acts, Gradients, MicroBatch, Network, Weights,
         decoder::Recompute,
-        param::Table,
         plan::{Plan, Slot},
         spec::Spec,
     },
     ops::{
         Ops,
-        gradient::Decision,
-        muon::{self, MuonMatrix},
-        optimizer::Arenas,
-        pieces::{self, Pieces, RowSettings},
+        pieces::{self, Pieces},
         scalars::{self, SCALAR_BYTES, SCALARS, Scalar},
     },
     schedule,
     state::{Meaning, Position, State, StateSlots},
 };
+use graphs::Work;
 use results::Pending;
 use sharding::{Gathering, Own, Shards};
-use std::{cell::RefCell, collections::VecDeque, mem, ops::Range, time::Instant};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, VecDeque},
+    mem,
+    ops::Range,
+    time::Instant,
+};
 
 /// Steps that may be under way before the host looks at the oldest one's results.
 pub const LAG: usize = 2;
@@ -74,12 +79,15 @@ pub struct Trainer<B: Ops> {
     wire: Option<DType>,
     /// Whether other ranks have updated weights that this one does not know yet.
     stale: bool,
+    /// Such weights on their way here.
+    gathering: Gathering<B>,
     partials: Tensor<B>,
     muon_scratch: Option<Tensor<B>>,
     scalars: Tensor<B>,
     validation: Tensor<B>,
-    /// One for each micro-batch of this rank, since their sums differ, and one for the update.
-    graphs: (Vec<B::Graph>, B::Graph),
+    /// Whether a step is recorded as one.
+    whole: bool,
+    graphs: BTreeMap<Work, B::Graph>,
     ring: VecDeque<Pending<B>>,
     spare: Vec<Pending<B>>,
 }
@@ -109,7 +117,10 @@ impl<B: Ops> Trainer<B> {
         let mut plan = Plan::default();
         let rank = (comm.rank(), comm.world());
         let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, rank, micro, recompute);
-        let batch = Feed::plan(&backend, &mut plan, &*samples, micro, matches!(meaning.spec, Spec::Decoder(_)));
+        let whole =
+            B::RECORDS && graphs::whole_steps(config.graph, comm.world(), share.len(), table.arena, micro.rows());
+        let (tokens, batches) = (matches!(meaning.spec, Spec::Decoder(_)), if whole { share.len() } else { 1 });
+        let batch = Feed::plan(&backend, &mut plan, &*samples, micro, tokens, batches);
         let mut planned = plan.commit(&backend)?;
         let state = State::new(slots.state, &mut planned);
         let [scalars, validation] = slots.small.map(|slot| planned.take(slot));
@@ -131,11 +142,13 @@ impl<B: Ops> Trainer<B> {
             shards: slots.shards,
             wire: (config.comm.reduction == Reduction::Bf16 && comm.world() > 1).then_some(DType::BF16),
             stale: false,
+            gathering: Gathering::default(),
             partials: planned.take(slots.partials),
             muon_scratch: slots.muon.map(|slot| planned.take(slot)),
             scalars,
             validation,
-            graphs: (share.clone().map(|_| B::Graph::default()).collect(), B::Graph::default()),
+            whole,
+            graphs: BTreeMap::new(),
             ring: VecDeque::new(),
             spare: Vec::new(),
             plan,
@@ -153,14 +166,7 @@ impl<B: Ops> Trainer<B> {
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
     pub fn step(&mut self) -> Result<Option<StepResult>> {
         let mut pending = self.begin()?;
-        let mut gathering = self.begin_gather()?;
-        let share = comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world());
-        for index in share.clone() {
-            let first = pending.before.samples + (index * self.micro.samples) as u64;
-            self.feed.train(&self.backend, first)?;
-            self.micro_step(index - share.start, index + 1 == share.end, mem::take(&mut gathering))?;
-        }
-        self.update()?;
+        if self.whole { self.whole_step(pending.before.samples) } else { self.step_in_parts(pending.before.samples) }?;
         self.backend.download(Stream::Compute, self.scalars.view(), &mut pending.results, 0);
         pending.event = Some(self.backend.record(Stream::Compute));
         self.position = pending.after;
@@ -200,38 +206,79 @@ impl<B: Ops> Trainer<B> {
         Ok(pending)
     }
 
+    /// Global indices of the first samples of this rank's micro-batches, in a step whose first is `samples`.
+    fn firsts(&self, samples: u64) -> impl ExactSizeIterator<Item = u64> + use<B> {
+        let size = self.micro.samples;
+        comm::share(self.config.batch.micro_batches, self.comm.rank(), self.comm.world())
+            .map(move |index| samples + (index * size) as u64)
+    }
+
+    /// All of a step, recorded as one; there is one rank.
+    fn whole_step(&mut self, samples: u64) -> Result<()> {
+        let firsts = self.firsts(samples);
+        self.feed.train(&self.backend, firsts)?;
+        self.recorded(Work::Step { part: self.feed.part() }, |trainer| {
+            let count = trainer.merges.len();
+            (0..count).try_for_each(|index| trainer.micro_step(index, index, index + 1 == count))?;
+            trainer.update()
+        })
+    }
+
+    /// A step's micro-batches one by one, and its update.
+    fn step_in_parts(&mut self, samples: u64) -> Result<()> {
+        let firsts = self.firsts(samples);
+        let count = firsts.len();
+        self.begin_gather()?;
+        for (index, first) in firsts.enumerate() {
+            self.feed.train(&self.backend, [first])?;
+            let last = index + 1 == count;
+            if last && self.comm.world() > 1 || !self.gathering.is_empty() {
+                // Hosts have a part in what goes on between ranks: it is not recorded.
+                self.micro_step(index, 0, last)?;
+                continue;
+            }
+            let (part, top, merges) = (self.feed.part(), stack_height(&self.merges, index), self.merges[index]);
+            self.recorded(Work::Micro { part, top, merges, last }, |trainer| trainer.micro_step(index, 0, last))?;
+        }
+        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
+        self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
+        if self.shards.are_many() { self.update_part() } else { self.recorded(Work::Update, Self::update) }
+    }
+
     /// Lets other ranks have the weights that this one updated, and this one theirs. All ranks do so together, before
-    /// weights are read for anything but the next step.
+    /// the weights are read for anything but the next step.
     pub fn gather(&mut self) -> Result<()> {
-        let gathering = RefCell::new(self.begin_gather()?);
+        self.begin_gather()?;
+        let gathering = RefCell::new(mem::take(&mut self.gathering));
         let Self { backend, comm, network, state, .. } = self;
         Gathering::weights(&gathering, backend, &**comm, network.table(), state.weights.view_mut()).finish();
         gathering.into_inner().fault
     }
 
-    fn begin_gather(&mut self) -> Result<Gathering<B>> {
-        if !mem::take(&mut self.stale) {
-            return Ok(Gathering::default());
+    fn begin_gather(&mut self) -> Result<()> {
+        if mem::take(&mut self.stale) {
+            let Self { backend, comm, network, state, shards, .. } = self;
+            self.gathering = shards.begin_gather(backend, &**comm, network.table(), &mut state.weights)?;
         }
-        let Self { backend, comm, network, state, shards, .. } = self;
-        shards.begin_gather(backend, &**comm, network.table(), &mut state.weights)
+        Ok(())
     }
 
-    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches; forward
-    /// waits for weights that are on their way.
-    fn micro_step(&mut self, index: usize, last: bool, gathering: Gathering<B>) -> Result<()> {
-        let (scale, top, wire) = (1.0 / self.nominal(), stack_height(&self.merges, index), self.wire);
-        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, .. } = self;
-        let Self { scalars, graphs, micro, shards, own, .. } = self;
-        let (comm, table, merges) = (&**comm, network.table(), merges[index]);
+    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches, `batch`
+    /// those of the feed's part. Forward waits for weights that are on their way.
+    fn micro_step(&mut self, index: usize, batch: usize, last: bool) -> Result<()> {
+        let (scale, wire, gathering) = (1.0 / self.nominal(), self.wire, RefCell::new(mem::take(&mut self.gathering)));
+        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, micro, .. } = self;
+        let (comm, merges, top) = (&**comm, merges[index], stack_height(merges, index));
+        let (over_ranks, batch, table) = (last && comm.world() > 1, feed.batch(batch), network.table());
+        let (shards, owned) = (&self.shards, self.own.range.clone());
         let (mut fault, mut under_way) = (Ok(()), Vec::new());
-        let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
+        let mut finished = |group: usize, part: Mut<'_, B>| {
             if sums.is_empty() {
                 return;
             }
             let range = table.group(group);
             push(backend, sums, top, merges, range.clone(), part.as_ref());
-            if last && comm.world() > 1 && fault.is_ok() {
+            if over_ranks && fault.is_ok() {
                 let memory = wire.map(|dtype| (part, dtype));
                 match shards.begin_sums(backend, comm, &range, &mut sums[0], memory) {
                     Ok(begun) => under_way.extend(begun),
@@ -239,80 +286,18 @@ impl<B: Ops> Trainer<B> {
                 }
             }
         };
-        // Hosts have a part in what goes on between ranks: it is not recorded.
-        let recorded = gathering.is_empty() && !(last && comm.world() > 1);
-        let gathering = RefCell::new(gathering);
         let arena = Gathering::weights(&gathering, backend, comm, table, state.weights.view_mut());
-        let mut work = || {
-            let mut gradients = Gradients { table, arena: gradients.view_mut(), finished: &mut finished };
-            let weights = Weights::arriving(table, &arena);
-            network.micro_step(backend, weights, &mut gradients, acts, &feed.batch, *micro, scale);
-            backend.tally(scalars.view_mut(), acts.losses().view(), feed.batch.targets.view());
-            Ok(())
-        };
-        if recorded { backend.captured(&mut graphs.0[index], work) } else { work() }?;
+        let mut parts = Gradients { table, arena: gradients.view_mut(), finished: &mut finished };
+        network.micro_step(backend, Weights::arriving(table, &arena), &mut parts, acts, batch, *micro, scale);
+        backend.tally(scalars.view_mut(), acts.losses().view(), batch.targets.view());
         arena.finish();
         drop(arena);
         gathering.into_inner().fault.and(fault)?;
-        if last && !sums.is_empty() {
+        if over_ranks {
             Shards::finish_sums(backend, comm, under_way, &mut sums[0], gradients, wire)?;
-            let own = own.range.clone();
-            backend.accumulate(gradients.slice_mut(own.clone()), sums[0].slice(own), false);
         }
-        Ok(())
-    }
-
-    /// Norm, decision, update. Where others update the rest, sums over all pieces are made of theirs and this rank's:
-    /// what it does not own is 0, which changes no sum of a piece.
-    fn update(&mut self) -> Result<()> {
-        let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
-        self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
-        let (decision, apart) = (self.decision(), self.shards.are_many());
-        let Self { backend, comm, network, state, gradients, pieces, own, partials, .. } = self;
-        let Self { muon_scratch, scalars, graphs, optimizer, .. } = self;
-        let (table, count) = (network.table(), pieces.list.len());
-        let norms = |partials: &mut Tensor<B>| {
-            backend.square_norms(
-                partials.slice_mut(own.among.clone()),
-                gradients.slice(own.range.clone()),
-                &own.pieces,
-            );
-        };
-        if apart {
-            backend.zero(Stream::Compute, partials.view_mut());
-            norms(partials);
-            comm.all_reduce(backend, Stream::Compute, partials.slice_mut(0..count))?;
-        }
-        backend.captured(&mut graphs.1, || {
-            if !apart {
-                norms(partials);
-            }
-            backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
-            if apart {
-                backend.zero(Stream::Compute, partials.view_mut());
-            }
-            let arenas = Arenas {
-                weights: state.weights.slice_mut(own.range.clone()),
-                master: state.master.as_mut().map(Tensor::view_mut),
-                first: state.first.as_mut().map(Tensor::view_mut),
-                second: state.second.as_mut().map(Tensor::view_mut),
-                maximum: state.maximum.as_mut().map(Tensor::view_mut),
-                gradients: gradients.slice(own.range.clone()),
-            };
-            let changes = partials.slice_mut(own.among.clone());
-            backend.update(arenas, changes, scalars.view(), &own.pieces, optimizer.method());
-            if let Some(scratch) = muon_scratch {
-                muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
-            }
-            if !apart {
-                backend.finish_update(scalars.view_mut(), partials.view());
-            }
-            Ok(())
-        })?;
-        if apart {
-            comm.all_reduce(backend, Stream::Compute, partials.view_mut())?;
-            backend.finish_update(scalars.view_mut(), partials.view());
-            self.stale = true;
+        if last && !sums.is_empty() {
+            backend.accumulate(gradients.slice_mut(owned.clone()), sums[0].slice(owned), false);
         }
         Ok(())
     }
@@ -325,11 +310,6 @@ impl<B: Ops> Trainer<B> {
     /// Counted tokens of a step if none is ignored.
     fn nominal(&self) -> f64 {
         self.tokens_per_step() as f64
-    }
-
-    fn decision(&self) -> Decision {
-        let clip = if self.optimizer.clip > 0.0 { self.optimizer.clip } else { f64::INFINITY };
-        Decision { clip, nominal: self.nominal(), halt: self.config.on_nan == OnNan::Stop }
     }
 
     /// Mean loss over held-out data: `batches` micro-batches, or all for 0, shared out among ranks. Returns it with the
@@ -345,8 +325,12 @@ impl<B: Ops> Trainer<B> {
         for index in comm::share(batches, self.comm.rank(), self.comm.world()) {
             self.feed.validate(&self.backend, (index * self.micro.samples) as u64)?;
             let weights = Weights::new(self.network.table(), self.state.weights.view());
-            self.network.evaluate(&self.backend, weights, &mut self.acts, &self.feed.batch, self.micro);
-            self.backend.tally(self.validation.view_mut(), self.acts.losses().view(), self.feed.batch.targets.view());
+            self.network.evaluate(&self.backend, weights, &mut self.acts, self.feed.batch(0), self.micro);
+            self.backend.tally(
+                self.validation.view_mut(),
+                self.acts.losses().view(),
+                self.feed.batch(0).targets.view(),
+            );
         }
         let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
         self.comm.all_reduce(&self.backend, Stream::Compute, self.validation.slice_mut(sums))?;
@@ -393,7 +377,8 @@ impl Slots {
             sums: (0..depth).map(&mut sum).collect(),
             state: State::plan_part(backend, plan, table, Some(optimizer), owned.clone()),
             gradients: plan.reserve("gradients", backend.gradient(), table.arena),
-            muon: muon_scratch(table, &settings, &owned).map(|len| plan.reserve("muon", backend.compute(), len)),
+            muon: update::muon_scratch(table, &settings, &owned)
+                .map(|len| plan.reserve("muon", backend.compute(), len)),
             partials: plan.reserve("partial sums", DType::F64, pieces + table.rows.len()),
             shards,
             small: ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS)),
@@ -438,58 +423,10 @@ fn stack_height(merges: &[usize], index: usize) -> usize {
 }
 
 /// Pushes a part of the gradients on the stack of sums, and adds topmost sums as the tree says.
-fn push<B: Ops>(
-    backend: &B,
-    sums: &mut [Tensor<B>],
-    top: usize,
-    merges: usize,
-    range: Range<usize>,
-    part: crate::backend::Ref<'_, B>,
-) {
+fn push<B: Ops>(backend: &B, sums: &mut [Tensor<B>], top: usize, merges: usize, range: Range<usize>, part: Ref<'_, B>) {
     backend.accumulate(sums[top].slice_mut(range.clone()), part, false);
     for at in (top - merges..top).rev() {
         let (low, high) = sums.split_at_mut(at + 1);
         backend.accumulate(low[at].slice_mut(range.clone()), high[0].slice(range.clone()), true);
-    }
-}
-
-/// Elements of scratch for the largest matrix that Muon updates here; None if there is none.
-fn muon_scratch(table: &Table, settings: &[RowSettings], owned: &Range<usize>) -> Option<usize> {
-    let rows = muon_rows(table, settings, owned).map(|i| &table.rows[i]);
-    rows.map(|row| muon::scratch(row.axes[0].size(), row.columns())).max()
-}
-
-/// Muon's rows in this part of the arena; each has one owner.
-fn muon_rows(table: &Table, settings: &[RowSettings], owned: &Range<usize>) -> impl Iterator<Item = usize> {
-    (0..table.rows.len()).filter(move |&i| settings[i].muon != 0 && owned.contains(&table.offsets[i]))
-}
-
-#[allow(clippy::too_many_arguments, reason = "the disjoint parts of a trainer")]
-fn muon_update<B: Ops>(
-    backend: &B,
-    table: &Table,
-    state: &mut State<B>,
-    gradients: &Tensor<B>,
-    pieces: &Pieces<B>,
-    partials: &mut Tensor<B>,
-    scratch: &mut Tensor<B>,
-    scalars: &Tensor<B>,
-) {
-    let Some(first) = state.first.as_mut() else { return };
-    for i in muon_rows(table, &pieces.rows, &state.owned) {
-        let (row, values) = (&table.rows[i], table.values(i));
-        let kept = values.start - state.owned.start..values.end - state.owned.start;
-        let matrix = MuonMatrix {
-            weight: state.weights.slice_mut(values.clone()),
-            master: state.master.as_mut().map(|m| m.slice_mut(kept.clone())),
-            first: first.slice_mut(kept),
-            gradient: gradients.slice(values),
-            rows: row.axes[0].size(),
-            columns: row.columns(),
-            settings: pieces.rows[i],
-        };
-        let at = pieces.list.len() + i;
-        let needed = 0..muon::scratch(matrix.rows, matrix.columns);
-        backend.muon(matrix, partials.slice_mut(at..at + 1), scratch.slice_mut(needed), scalars.view());
     }
 }

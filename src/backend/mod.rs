@@ -46,8 +46,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Host: HostBuffer;
     /// A point in a stream that another stream, or the host, can wait for.
     type Event: Send;
-    /// Recorded work; see [`Backend::captured`].
+    /// Recorded work; see [`Backend::begin`].
     type Graph: Default + Send;
+    /// Whether work is recorded.
+    const RECORDS: bool;
 
     /// The device in words, for logs: `CPU, 2 threads`.
     fn describe(&self) -> String;
@@ -96,10 +98,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Blocks the host until `event` has passed; reports a fault of the device.
     fn synchronize(&self, event: &Self::Event) -> Result<()>;
 
-    /// Runs `work`, whose ops have the same arguments at every call with the same `graph` (whatever changes from step
-    /// to step is read from device memory). A device with graphs records it once and replays it afterwards; a CPU
-    /// just calls it.
-    fn captured(&self, graph: &mut Self::Graph, work: impl FnOnce() -> Result<()>) -> Result<()>;
+    /// Begins work whose ops have the same arguments at every call with the same `graph` (whatever changes from step to
+    /// step is read from device memory). A device with graphs records it once and replays it afterwards. True: the
+    /// caller shall enqueue the work now, and then call [`Backend::end`] even if that failed. False: it was replayed.
+    fn begin(&self, graph: &mut Self::Graph) -> Result<bool>;
+    /// Ends what [`Backend::begin`] asked for; `worked` is how that went, and what this returns if it failed.
+    fn end(&self, graph: &mut Self::Graph, worked: Result<()>) -> Result<()>;
 
     /// What was measured to choose between ways of computing that round differently, as text to keep with a run. None
     /// where nothing is measured.

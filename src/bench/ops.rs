@@ -132,10 +132,10 @@ impl<B: Ops> Clock<'_, B> {
         let mut times = Vec::new();
         for _ in 0..7 {
             let start = Instant::now();
-            self.backend.captured(&mut graph, || {
+            if self.backend.begin(&mut graph)? {
                 (0..CALLS).for_each(|_| op(self.backend));
-                Ok(())
-            })?;
+                self.backend.end(&mut graph, Ok(()))?;
+            }
             self.backend.synchronize(&self.backend.record(Stream::Compute))?;
             times.push(start.elapsed().as_secs_f64() / CALLS as f64);
         }

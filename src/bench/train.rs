@@ -5,6 +5,7 @@ use crate::{
     Result,
     backend::Profile,
     comm::Solo,
+    config::Recording,
     data::{TokenData, dataset::BatchRules},
     feed::TokenSamples,
     model::{
@@ -20,8 +21,9 @@ use std::time::Instant;
 
 /// Batches that are taken in turn.
 const BATCHES: usize = 8;
-/// Steps before the clock runs: on a GPU the first is eager, the second is recorded, and two are always under way.
-const WARM_UP: usize = 5;
+/// Steps before the clock runs: on a GPU two, with each part of the feed's ring, are eager, the next two are recorded, and
+/// two are always under way.
+const WARM_UP: usize = 7;
 /// Dense bf16 FLOP/s that utilisation is measured against: NVIDIA's figure for H100 and H200 (SXM).
 const PEAK: f64 = 989e12;
 
@@ -36,6 +38,8 @@ pub struct TrainBench {
     pub steps: usize,
     /// What backward computes again.
     pub recompute: Recompute,
+    /// What a GPU records of a step.
+    pub graph: Recording,
     /// Measure where a step's time goes, too (on a CPU).
     pub profile: bool,
 }
@@ -102,7 +106,8 @@ impl Work for TrainBench {
 
     fn on<B: Ops>(self, backend: B) -> Result<TrainSpeed> {
         let sizes = self.preset.sizes();
-        let (config, meaning) = sizes.model(self.batch)?;
+        let (mut config, meaning) = sizes.model(self.batch)?;
+        config.graph = self.graph;
         let micro = micro_batch(&config, &meaning.spec);
         let mut draws = rng::Stream::new(0, "bench").rng();
         let count = BATCHES * micro.rows() + 1;

@@ -4,6 +4,7 @@ use super::print_json;
 use crate::{
     Result,
     bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
+    config::Recording,
     model::decoder::Recompute,
     report::{human, table::Table},
     run::Place,
@@ -49,7 +50,7 @@ pub struct TrainArgs {
     /// Sequences of a micro-batch; 0: the preset's own
     #[arg(long, default_value_t = 0)]
     batch: usize,
-    /// Steps to time, after 5 that are not
+    /// Steps to time, after 7 that are not
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// What backward computes again
@@ -57,9 +58,9 @@ pub struct TrainArgs {
     recompute: Recompute,
     #[command(flatten)]
     place: super::PlaceArgs,
-    /// On a GPU, launch every kernel by itself
-    #[arg(long)]
-    eager: bool,
+    /// What a GPU records of a step
+    #[arg(long, default_value = "auto")]
+    graph: Recording,
     /// Measure where a step's time goes, too
     #[arg(long)]
     profile: bool,
@@ -123,9 +124,9 @@ fn ops(args: OpsArgs) -> Result<()> {
 }
 
 fn train(args: TrainArgs) -> Result<()> {
-    let TrainArgs { preset, batch, steps, recompute, profile, .. } = args;
-    let bench = TrainBench { preset, batch, steps: steps as usize, recompute, profile };
-    let speed = bench::train(Place { eager: args.eager, ..args.place.place() }, bench)?;
+    let TrainArgs { preset, batch, steps, recompute, graph, profile, .. } = args;
+    let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
+    let speed = bench::train(Place { eager: graph == Recording::None, ..args.place.place() }, bench)?;
     if args.json {
         return print_json(&speed);
     }

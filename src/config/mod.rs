@@ -36,9 +36,9 @@ pub struct Config {
     /// Type of activations and of the weights that they are computed from.
     #[serde(default)]
     pub precision: Precision,
-    /// On a GPU, launch every kernel by itself instead of replaying recorded steps: slower, the same numbers.
+    /// How steps are recorded on a GPU: `auto`, `step`, `micro` or `none`; the same numbers with each.
     #[serde(default)]
-    pub eager: bool,
+    pub graph: Recording,
     /// On a GPU, measure the algorithms of matrix products at their first use and keep the fastest, in `tuning.json` of
     /// the run's folder, which resuming takes over. Otherwise the library's first choice is taken.
     #[serde(default)]
@@ -114,6 +114,21 @@ pub enum Precision {
     F32,
     /// 64-bit floats: for proofs.
     F64,
+}
+
+/// What a GPU records and replays, instead of launching kernel by kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Recording {
+    /// Whole steps of small models on one GPU, otherwise micro-batches.
+    #[default]
+    Auto,
+    /// Whole steps, on one GPU; micro-batches on several.
+    Step,
+    /// Each micro-batch, and the update.
+    Micro,
+    /// Nothing: every kernel is launched by itself, which is slower.
+    None,
 }
 
 /// What to do when something is not finite.

@@ -112,7 +112,8 @@ impl<B: Ops> Model<B> {
     ) -> Result<Tensor<B>> {
         let backend = &self.backend;
         let mut plan = Plan::default();
-        let batch = Feed::plan(backend, &mut plan, &*samples, micro, matches!(self.meaning.spec, Spec::Decoder(_)));
+        let tokens = matches!(self.meaning.spec, Spec::Decoder(_));
+        let batch = Feed::plan(backend, &mut plan, &*samples, micro, tokens, 1);
         let acts = self.network.plan(backend, &mut plan, micro, None);
         let sums = plan.reserve("sums", DType::F64, SCALARS);
         let mut planned = plan.commit(backend)?;
@@ -122,8 +123,8 @@ impl<B: Ops> Model<B> {
         let count = feed.samples.held_out();
         for first in (0..count).step_by(micro.samples) {
             feed.validate(backend, first)?;
-            self.network.evaluate(backend, self.weights(), &mut acts, &feed.batch, micro);
-            each(&mut sums, acts.losses(), &feed.batch.targets)?;
+            self.network.evaluate(backend, self.weights(), &mut acts, feed.batch(0), micro);
+            each(&mut sums, acts.losses(), &feed.batch(0).targets)?;
             step(micro.samples.min((count - first) as usize) as u64);
         }
         Ok(sums)

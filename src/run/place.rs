@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, Precision, Reduction},
+    config::{Config, Device, Precision, Recording, Reduction},
     ops::Ops,
 };
 
@@ -40,11 +40,12 @@ impl Place {
     /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
     /// a GPU of its own: that of its number, or the only one that is shown to it.
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, eager, autotune, .. } = *config;
+        let Config { device, precision, mut threads, graph, autotune, .. } = *config;
         let local = world.local_world;
         if threads == 0 && local > 1 {
             threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
+        let eager = graph == Recording::None;
         let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
         if !place.on_gpu()? {
             if config.comm.reduction == Reduction::Bf16 {

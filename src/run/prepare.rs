@@ -132,7 +132,7 @@ pub(super) fn may_change(key: &str) -> bool {
 }
 
 const CHANGEABLE: [&str; 10] =
-    ["threads", "device", "eager", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
+    ["threads", "device", "graph", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {

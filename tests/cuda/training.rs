@@ -69,20 +69,57 @@ fn training_is_the_cpus() {
     }
 }
 
-/// Recorded and replayed steps, steps launched kernel by kernel, streams as lazy as can be, recomputation: the same bits.
+/// Steps recorded whole or by micro-batches, and steps launched kernel by kernel; recomputation; another GPU: the same
+/// bits.
 #[test]
 fn how_a_step_runs_changes_no_bit() {
     let place = Place::new();
     config(&place, "run", "steps = 6", &format!("[batch]\nsize = 2\nmicro_batches = 3\n[model]\n{LLAMA}"));
     let train = |name: &str, sets: &str, options: &[(&str, &str)]| {
-        emulated_ok(&place, &format!("train -c run.toml --device cuda --set run={name} {sets}"), options);
-        model(&place, name, 6)
+        let log = place.join(&format!("{name}.log"));
+        let options = [options, &[("LOG", log.to_str().unwrap())]].concat();
+        emulated_ok(&place, &format!("train -c run.toml --device cuda --set run={name} {sets}"), &options);
+        let log = fs::read_to_string(log).unwrap();
+        let calls = log.lines().filter(|line| *line == "cuGraphLaunch").count();
+        (model(&place, name, 6), calls)
     };
-    let recorded = train("recorded", "", &[]);
-    assert!(train("eager", "--set eager=true", &[]) == recorded, "eager differs");
-    assert!(train("lazy", "", &[("STREAMS", "lazy"), ("SEED", "5")]) == recorded, "lazy streams differ");
-    assert!(train("block", "--set memory.recompute=block", &[]) == recorded, "recomputing differs");
-    assert!(train("small", "", &[("MULTIPROCESSORS", "3")]) == recorded, "a smaller GPU differs");
+    // Each part of the ring: one step is launched kernel by kernel, later ones as one graph.
+    let (recorded, launches) = train("recorded", "", &[]);
+    assert_eq!(launches, 4);
+    for (name, sets, expected) in [
+        // 18 micro-batches and 6 updates, but for the first of each kind: both parts, and three ways to add.
+        ("micro", "--set graph=micro", 18 - 6 + 6 - 1),
+        ("eager", "--set graph=none", 0),
+        ("block", "--set memory.recompute=block", 4),
+        // Between steps the ring goes on by the micro-batches of validation.
+        ("validated", "--set validation.every=1 --set validation.batches=1", 0),
+    ] {
+        let (model, launches) = train(name, sets, &[]);
+        assert!(model == recorded, "{name} differs");
+        assert!(launches == expected || name == "validated", "{name}: {launches} graphs launched");
+    }
+    assert!(train("small", "", &[("MULTIPROCESSORS", "3")]).0 == recorded, "a smaller GPU differs");
+}
+
+/// Streams as lazy as can be, and a compute or copy stream that all others run ahead of: tokens are neither read before
+/// they are there, nor overwritten before they are read.
+#[test]
+fn streams_wait_for_each_other() {
+    let place = Place::new();
+    config(&place, "run", "steps = 6", &format!("[batch]\nsize = 2\nmicro_batches = 3\n[model]\n{GPT2}"));
+    let train = |graph: &str, streams: &str, seed: &str| {
+        let name = format!("{graph}-{streams}-{seed}");
+        let line = format!("train -c run.toml --device cuda --set run={name} --set graph={graph}");
+        emulated_ok(&place, &line, &[("STREAMS", streams), ("SEED", seed)]);
+        model(&place, &name, 6)
+    };
+    let eager = train("none", "eager", "0");
+    for graph in ["step", "micro", "none"] {
+        // The backend's streams: 0 compute, 1 communication, 2 copies.
+        for (streams, seed) in [("lazy", "0"), ("lazy", "5"), ("slow-0", "0"), ("slow-2", "0")] {
+            assert!(train(graph, streams, seed) == eager, "graph = {graph}, {streams} streams, seed {seed}");
+        }
+    }
 }
 
 /// Twelve steps, a stop and eight more are twenty steps, bit for bit; and so on the CPU from the GPU's checkpoint, to

@@ -29,7 +29,9 @@ static Settings read_settings() {
     s.multiprocessors = std::stoi(variable("MULTIPROCESSORS", "16"));
     std::sscanf(variable("CAPABILITY", "9.0").c_str(), "%d.%d", &s.major, &s.minor);
     s.memory = bytes_of(variable("MEMORY", "4G"));
-    s.lazy = variable("STREAMS", "eager") == "lazy";
+    std::string streams = variable("STREAMS", "eager");
+    s.lazy = streams == "lazy";
+    if (std::sscanf(streams.c_str(), "slow-%d", &s.slow) != 1) s.slow = -1;
     s.log = variable("LOG", "");
     return s;
 }

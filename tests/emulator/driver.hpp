@@ -52,6 +52,7 @@ struct Settings {
     int devices, version, major, minor, multiprocessors;
     uint64_t memory;
     bool lazy;
+    int slow;  // The only stream that is lazy, counted from 0 as they are created; -1 for none.
     std::string log;
 
     int shared_limit() const;  // Bytes of shared memory that a block may ask for.
@@ -107,8 +108,11 @@ struct Stream {
     WorkRef last;
     CaptureRef capture;          // While what is enqueued becomes nodes,
     std::vector<size_t> leaves;  // of which the next comes after these.
+    int number = -1;             // In the order of creation; the null stream has none.
 
     bool blocking() const { return !(flags & 1); }
+    // Whether its work runs only when something waits for it.
+    bool lazy() const { return settings().lazy || (number >= 0 && number == settings().slow); }
 };
 
 struct Event {
@@ -128,6 +132,7 @@ struct Device {
     uint64_t used = 0;
     Stream null_stream{this, 0, 0, nullptr, nullptr, {}};
     std::vector<Stream*> streams{&null_stream};
+    int created = 0;  // Streams so far.
     std::vector<WorkRef> orphans;  // Of destroyed streams.
 };
 std::vector<Device*>& devices();

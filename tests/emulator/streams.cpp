@@ -1,6 +1,6 @@
 // Streams and events: work is a graph of what comes after what. Eager streams run it when it is enqueued; lazy ones
 // when something waits for it, and of what may run, the latest enqueued first (or what a seed chooses), so that an
-// order that nobody asked for is not kept.
+// order that nobody asked for is not kept. One lazy stream beside eager ones is a slow device whose others run ahead.
 #include <algorithm>
 
 #include "driver.hpp"
@@ -20,10 +20,11 @@ static void go_on_alone(const WorkRef& waiting) {
             for (const WorkRef& work : std::vector<WorkRef>(*all)) advance(work);
             size_t before = all->size();
             std::erase_if(*all, [](const WorkRef& work) { return work->done; });
-            if (settings().lazy || all->size() == before) continue;
+            if (all->size() == before) continue;
             // What came after it.
             for (Device* device : devices())
-                for (Stream* stream : device->streams) advance(stream->last);
+                for (Stream* stream : device->streams)
+                    if (!stream->lazy()) advance(stream->last);
         }
     }).detach();
 }
@@ -110,7 +111,7 @@ static WorkRef append(Stream* stream, std::shared_ptr<const Body> body, std::vec
     for (WorkRef& work : predecessors(stream)) after.insert(after.begin(), work);
     std::erase_if(after, [](const WorkRef& work) { return !work || work->done; });
     stream->last = std::make_shared<Work>(Work{stream->device, std::move(body), std::move(after), false, {}});
-    if (!settings().lazy) advance(stream->last);
+    if (!stream->lazy()) advance(stream->last);
     return stream->last;
 }
 
@@ -157,7 +158,7 @@ int launch_graph(GraphExec& exec, Stream* stream) {
         for (size_t before : node.after) after.push_back(works[before]);
         if (after.empty()) after.push_back(entry);
         works.push_back(std::make_shared<Work>(Work{stream->device, node.body, std::move(after), false, {}}));
-        if (!settings().lazy) advance(works.back());
+        if (!stream->lazy()) advance(works.back());
     }
     exec.last = enqueue_join(stream, std::move(works));
     return SUCCESS;
@@ -168,7 +169,7 @@ int launch_graph(GraphExec& exec, Stream* stream) {
 using namespace driver;
 
 static Stream* create_stream(unsigned flags, int priority) {
-    Stream* made = new Stream{current, flags, std::max(-5, std::min(0, priority)), nullptr, nullptr, {}};
+    Stream* made = new Stream{current, flags, std::max(-5, std::min(0, priority)), nullptr, nullptr, {}, current->created++};
     current->streams.push_back(made);
     return made;
 }

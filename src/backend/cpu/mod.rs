@@ -100,6 +100,7 @@ impl<F: Real> Backend for Cpu<F> {
     type Host = Vec<u8>;
     type Event = ();
     type Graph = ();
+    const RECORDS: bool = false;
 
     fn describe(&self) -> String {
         format!("CPU, {} threads, {}", self.pool.threads(), if F::DTYPE == DType::F64 { "f64" } else { "f32" })
@@ -193,8 +194,11 @@ impl<F: Real> Backend for Cpu<F> {
         Ok(())
     }
 
-    fn captured(&self, (): &mut (), work: impl FnOnce() -> Result<()>) -> Result<()> {
-        work()
+    fn begin(&self, (): &mut ()) -> Result<bool> {
+        Ok(true)
+    }
+    fn end(&self, (): &mut (), worked: Result<()>) -> Result<()> {
+        worked
     }
 
     fn profile(&self, go_on: bool) -> Option<super::Profile> {

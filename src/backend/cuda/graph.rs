@@ -33,33 +33,49 @@ impl Drop for Recorded {
 }
 
 impl Cuda {
-    /// See [`crate::backend::Backend::captured`].
-    pub(super) fn replay(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// See [`crate::backend::Backend::begin`].
+    pub(super) fn begin_graph(&self, graph: &mut Graph) -> Result<bool> {
         self.bind()?;
         match graph {
-            _ if self.options().eager => return work(),
-            Graph::New => {
-                work()?;
-                *graph = Graph::Warm;
-                return Ok(());
+            _ if self.options().eager => return Ok(true),
+            Graph::New => return Ok(true),
+            Graph::Warm => {
+                let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+                // SAFETY: a live stream that is not being captured.
+                cuda!(cuStreamBeginCapture_v2(self.queue(Stream::Compute).raw, mode))?;
+                return Ok(true);
             }
-            Graph::Warm => *graph = Graph::Ready(self.record_graph(work)?),
-            Graph::Ready(_) => {}
+            Graph::Ready(recorded) => self.launch_graph(recorded)?,
         }
-        let Graph::Ready(recorded) = graph else { unreachable!("recorded above") };
+        Ok(false)
+    }
+
+    /// See [`crate::backend::Backend::end`].
+    pub(super) fn end_graph(&self, graph: &mut Graph, worked: Result<()>) -> Result<()> {
+        match graph {
+            _ if self.options().eager => worked,
+            Graph::New => worked.map(|()| *graph = Graph::Warm),
+            Graph::Warm => {
+                let recorded = self.end_capture(worked)?;
+                self.launch_graph(&recorded)?;
+                *graph = Graph::Ready(recorded);
+                Ok(())
+            }
+            Graph::Ready(_) => unreachable!("replayed, so nothing was begun"),
+        }
+    }
+
+    fn launch_graph(&self, recorded: &Recorded) -> Result<()> {
         // SAFETY: a live graph and a live stream.
         cuda!(cuGraphLaunch(recorded.0, self.queue(Stream::Compute).raw))
     }
 
-    fn record_graph(&self, work: impl FnOnce() -> Result<()>) -> Result<Recorded> {
-        let stream = self.queue(Stream::Compute).raw;
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: a live stream that is not being captured.
-        cuda!(cuStreamBeginCapture_v2(stream, mode))?;
-        let worked = work().and_then(|()| self.fault());
+    fn end_capture(&self, worked: Result<()>) -> Result<Recorded> {
+        let worked = worked.and_then(|()| self.fault());
         let mut graph = ptr::null_mut();
-        // SAFETY: the capture begun above; ended also when the work failed, so that the stream can be used again.
-        let ended = cuda!(cuStreamEndCapture(stream, &mut graph));
+        // SAFETY: the capture begun by `begin_graph`; ended also when the work failed, so that the stream can be used
+        // again.
+        let ended = cuda!(cuStreamEndCapture(self.queue(Stream::Compute).raw, &mut graph));
         worked.and(ended)?;
         let mut recorded = ptr::null_mut();
         // SAFETY: a captured graph; a plain out-parameter.

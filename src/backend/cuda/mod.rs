@@ -3,7 +3,7 @@
 //! ```text
 //! library → driver → module (images, or nvrtc) → launch        ops/*/cuda.rs: kernels! { … }
 //!                  → gemm (cuBLASLt)                            ops/linear, head, muon
-//!                  → graph (capture and replay)                 trainer::micro_step, update
+//!                  → graph (capture and replay)                 trainer::recorded
 //!                  → nccl (sums over ranks)                     comm::Comm
 //! ```
 //!
@@ -318,6 +318,7 @@ impl Backend for Cuda {
     type Host = Pinned;
     type Event = Event;
     type Graph = Graph;
+    const RECORDS: bool = true;
 
     fn describe(&self) -> String {
         format!("{} (GPU {}), {}", self.properties.name, self.properties.ordinal, self.options.compute)
@@ -463,9 +464,13 @@ impl Backend for Cuda {
         self.products().tuning.as_mut().is_none_or(|tuning| tuning.take_over(text))
     }
 
-    fn captured(&self, graph: &mut Graph, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn begin(&self, graph: &mut Graph) -> Result<bool> {
         self.fault()?;
-        self.replay(graph, work)
+        self.begin_graph(graph)
+    }
+
+    fn end(&self, graph: &mut Graph, worked: Result<()>) -> Result<()> {
+        self.end_graph(graph, worked)
     }
 
     fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {

@@ -64,6 +64,29 @@ TEST(lazy_streams_show_a_missing_event, "STREAMS=lazy") {
     EXPECT(across_streams(true) == 6 && across_streams(false) == ~0u);
 }
 
+// b = a + 1 on one stream, and then a is set on the other.
+static u32 overwritten(bool event) {
+    Gpu gpu;
+    u32 *a = device<u32>(64), *b = device<u32>(64), *host = pinned<u32>(64);
+    void* read = nullptr;
+    cuEventCreate(&read, 2);
+    cuMemsetD32Async(a, 5, 64, gpu.one);
+    cuStreamSynchronize(gpu.one);
+    enqueue_add(gpu, gpu.one, b, a, 1);
+    cuEventRecord(read, gpu.one);
+    if (event) cuStreamWaitEvent(gpu.other, read, 0);
+    cuMemsetD32Async(a, 7, 64, gpu.other);
+    cuMemcpyDtoHAsync_v2(host, b, 4, gpu.one);
+    cuStreamSynchronize(gpu.other);
+    cuMemcpyDtoHAsync_v2(host + 1, a, 4, gpu.other);
+    cuStreamSynchronize(gpu.other);
+    cuStreamSynchronize(gpu.one);
+    return host[0] * 10 + host[1];
+}
+TEST(a_slow_stream_is_overtaken, "STREAMS=slow-0") { EXPECT(overwritten(false) == 87); }
+TEST(a_slow_stream_is_waited_for, "STREAMS=slow-0") { EXPECT(overwritten(true) == 67); }
+TEST(a_slow_stream_that_is_another_is_not, "STREAMS=slow-1") { EXPECT(overwritten(false) == 67); }
+
 TEST(lazy_copies_read_late, "STREAMS=lazy") {
     Gpu gpu;
     u32 *to = device<u32>(64), *host = pinned<u32>(64), plain[64] = {1}, read[64];
