@@ -1,10 +1,13 @@
 //! What training changes: weights, moments, and the position in the run. A state is born by [`State::init`] or by
 //! [`crate::upscale::load`] (resume, start from a checkpoint, widen); the trainer cannot tell which.
 
+mod parts;
+
+pub use parts::{Part, snapshot_bytes};
+
 use crate::{
-    Result,
-    backend::{Backend, HostBuffer, Mut, Stream, Tensor},
-    checkpoint::{self, MODEL, OPTIMIZER, TensorMeta, Writer},
+    backend::{Backend, Mut, Tensor},
+    checkpoint::{self, TensorMeta},
     config::{Config, OptimizerConfig},
     dims::{Axis, BlockName},
     model::{
@@ -231,54 +234,6 @@ impl<B: Ops> State<B> {
 pub fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
     let start = b.start.clamp(a.start, a.end);
     start..b.end.clamp(start, a.end)
-}
-
-/// Elements that are copied to the host at a time when saving.
-const CHUNK: usize = 1 << 20;
-
-impl<B: Backend> State<B> {
-    /// Writes weights and moments into a checkpoint. `optimizer`: whose moments there are; none for weights alone.
-    pub fn save(
-        &self,
-        backend: &B,
-        table: &Table,
-        optimizer: Option<&OptimizerConfig>,
-        writer: &mut Writer,
-    ) -> Result<()> {
-        let weights = self.master.as_ref().unwrap_or(&self.weights);
-        let rows: Vec<_> = table.rows.iter().enumerate().map(|(i, row)| (i, row.name.clone(), weights)).collect();
-        save_file(backend, table, MODEL, &rows, writer)?;
-        let Some(optimizer) = optimizer else { return Ok(()) };
-        let mut moments = Vec::new();
-        for moment in Moment::ALL {
-            let Some(arena) = self.moment(moment) else { continue };
-            let kept = table.rows.iter().enumerate().filter(|(_, row)| moment.exists(optimizer, row));
-            moments.extend(kept.map(|(i, row)| (i, moment.name(&row.name), arena)));
-        }
-        save_file(backend, table, OPTIMIZER, &moments, writer)
-    }
-}
-
-fn save_file<B: Backend>(
-    backend: &B,
-    table: &Table,
-    file: &str,
-    rows: &[(usize, String, &Tensor<B>)],
-    writer: &mut Writer,
-) -> Result<()> {
-    let meta = |(i, name, arena): &(usize, String, &Tensor<B>)| meta(name, &table.rows[*i], arena.dtype());
-    writer.tensors(file, rows.iter().map(meta).collect())?;
-    let mut host = backend.host(CHUNK * 8)?;
-    for (i, name, arena) in rows {
-        let (values, size) = (table.values(*i), arena.dtype().size());
-        for start in values.clone().step_by(CHUNK) {
-            let part = start..(start + CHUNK).min(values.end);
-            backend.download(Stream::Compute, arena.slice(part.clone()), &mut host, 0);
-            backend.synchronize(&backend.record(Stream::Compute))?;
-            writer.write(name, start - values.start, &host.bytes()[..part.len() * size])?;
-        }
-    }
-    Ok(())
 }
 
 /// How a row is described in a checkpoint.

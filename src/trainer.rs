@@ -163,6 +163,14 @@ impl<B: Ops> Trainer<B> {
         Weights::new(self.network.table(), self.state.weights.view())
     }
 
+    /// Elements of the arena that this rank writes into a checkpoint: what only it has, or else a share.
+    pub fn saves(&self) -> Range<usize> {
+        match self.shards.are_many() {
+            true => self.own.range.clone(),
+            false => comm::share(self.network.table().arena, self.comm.rank(), self.comm.world()),
+        }
+    }
+
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
     pub fn step(&mut self) -> Result<Option<StepResult>> {
         let mut pending = self.begin()?;

@@ -166,6 +166,13 @@ fn ranks_that_differ_are_refused_with_one_message() {
 }
 
 #[test]
+fn ranks_on_disks_of_their_own_are_refused() {
+    let (place, other) = (Place::new(), Place::new());
+    refused([&place, &place, &other], [&train("r", ""); 3], &["r/checkpoints", "rank 2 does not see", "hosts share"]);
+    assert_eq!(place.names("r/checkpoints"), [""; 0]);
+}
+
+#[test]
 fn a_rank_that_never_comes_is_named() {
     let place = Place::new();
     let line = train("r", "").replace("comm.timeout=60", "comm.timeout=2");

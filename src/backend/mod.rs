@@ -75,6 +75,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn allocated(&self) -> usize;
     /// Bytes that may be allocated now, as far as the system or the device can say.
     fn available(&self) -> Result<usize>;
+    /// Whether tensors lie in the memory of the host, which then serves both.
+    fn in_host_memory(&self) -> bool {
+        false
+    }
     /// Allocates zeroed host memory for asynchronous copies.
     fn host(&self, bytes: usize) -> Result<Self::Host>;
 

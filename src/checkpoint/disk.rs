@@ -55,6 +55,23 @@ impl Disk {
         create().map_err(|source| refused("create", path, source, size))
     }
 
+    /// Opens a file of `size` bytes that another process has made, to write a part of it.
+    pub fn open(&self, path: &Path, size: usize) -> Result<File> {
+        let missing = "another process has made it, but it is not seen here: processes that write a checkpoint \
+                       together need a file system that all of them share";
+        let found = self.before("open", path).and_then(|()| File::options().write(true).open(path));
+        let file = found.map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => Error::file(path, missing),
+            _ => refused("open", path, source, 0),
+        })?;
+        let found = file.metadata().map_err(Error::io("read", path))?.len();
+        if found != size as u64 {
+            let why = format!("it has {found} bytes instead of {size}: do all processes run one version?");
+            return Err(Error::file(path, why));
+        }
+        Ok(file)
+    }
+
     /// Writes all of `bytes` at `offset`; several threads may write to one file at once.
     pub fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: usize) -> Result<()> {
         let refuse = |source| refused("write", path, source, offset + bytes.len());

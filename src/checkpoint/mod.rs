@@ -15,6 +15,9 @@
 //! one span, a tensor filled by many threads in any order is as many as there were beginnings. So no byte is read again
 //! to be checked in. Spans lie end to end and cover each file, and [`Reader::verify`] hashes them in parallel.
 //!
+//! Several processes can write one checkpoint: its owner makes the files, all write elements at their places in them,
+//! and the owner commits once the others have said what they wrote ([`Writer::join`]).
+//!
 //! This module knows bytes, names and documents; it knows no model, device, configuration or rank.
 
 mod disk;

@@ -4,17 +4,17 @@
 //!
 //! | folder | holds | when found later |
 //! |---|---|---|
-//! | `.NAME.partial-PID-N` | a checkpoint being written, locked by its writer | removed, unless the lock is held |
+//! | `.NAME.partial-PID-RANDOM` | a checkpoint being written, locked by its writer | removed, unless the lock is held |
 //! | `.NAME.replaced` | the old checkpoint, between the two renames of a replacement | takes its name again if that is free |
 //! | `.NAME.removed` | what is being deleted | removed |
 
 use std::{
     ffi::OsString,
     fs::{self, File},
+    hash::{BuildHasher, RandomState},
     io,
     path::{Path, PathBuf},
     process,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::{INDEX, MANIFEST, STATE, disk::Disk};
@@ -47,15 +47,20 @@ pub(super) fn replaced(dir: &Path) -> PathBuf {
 
 /// A new folder to write `dir` in, and the lock that says that its writer lives.
 pub(super) fn partial(disk: &Disk, dir: &Path) -> Result<(PathBuf, File)> {
-    static WRITERS: AtomicU64 = AtomicU64::new(0);
-    let path = sibling(dir, &format!("{PARTIAL}{}-{}", process::id(), WRITERS.fetch_add(1, Ordering::Relaxed)));
-    // From a process that had this number before, perhaps on another machine.
-    disk.remove(&path)?;
+    // No name comes twice, so that who still writes a part of a checkpoint whose owner died writes into no other one.
+    let path = sibling(dir, &format!("{PARTIAL}{}-{:016x}", process::id(), RandomState::new().hash_one(dir)));
     disk.create_dir(&path)?;
     let lock = File::open(&path).map_err(Error::io("open", &path))?;
     // Where locks do not exist nobody can hold or find one, and the folder stays if its writer dies.
     let _ = lock.try_lock();
     Ok((path, lock))
+}
+
+/// The folder of this name, which another process has made to write `dir` in; none if the name is no such one.
+pub(super) fn partial_of(dir: &Path, name: &str) -> Option<PathBuf> {
+    let own = sibling(dir, PARTIAL);
+    let plain = name.starts_with(own.file_name()?.to_str()?) && !name.contains(['/', '\0']);
+    plain.then(|| dir.with_file_name(name))
 }
 
 /// Whether something is called `path`, be it a link that leads nowhere.

@@ -37,6 +37,11 @@ impl Store {
         Writer::create(self.path(step), true)
     }
 
+    /// Takes part in writing the checkpoint after `step` steps: see [`Writer::join`].
+    pub fn join(&self, step: u64, folder: &str) -> Result<Writer> {
+        Writer::join(self.path(step), folder)
+    }
+
     /// The complete checkpoints with their steps, oldest first.
     pub fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
         let entries = match fs::read_dir(&self.dir) {

@@ -3,6 +3,7 @@
 mod faults;
 mod hostile;
 mod kept;
+mod together;
 
 use std::{fs, ops::Range, path::Path};
 

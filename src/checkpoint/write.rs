@@ -1,4 +1,7 @@
-//! Writing a checkpoint: tensors by range in any order and from any thread, documents, then all of it at once.
+//! Writing a checkpoint: tensors by range in any order and from any thread, documents, then all of it at once. Other
+//! processes may write a part of it: [`Writer::join`].
+
+mod together;
 
 use std::{
     collections::BTreeMap,
@@ -30,8 +33,8 @@ pub struct Writer {
     target: PathBuf,
     force: bool,
     partial: PathBuf,
-    /// Held as long as the partial folder is ours.
-    _lock: File,
+    /// Held as long as the partial folder is ours; none where another process has made it.
+    lock: Option<File>,
     files: Vec<OpenFile>,
     tensors: BTreeMap<String, OpenTensor>,
     committed: bool,
@@ -67,8 +70,28 @@ struct OpenPiece {
 struct OpenSpan {
     /// The byte after the last.
     end: usize,
-    /// Of all of it; absent while a thread is writing it, and for ever if that failed.
-    hasher: Option<Box<Hasher>>,
+    checksum: Checksum,
+}
+
+/// The checksum of all of a span.
+enum Checksum {
+    /// A thread is writing it, or has failed to.
+    Busy,
+    /// So far: what follows on goes in as well.
+    Open(Box<Hasher>),
+    /// Of what another process wrote, as it says.
+    Told(String),
+}
+
+impl Checksum {
+    /// As the manifest writes it.
+    fn digest(self) -> Option<String> {
+        match self {
+            Self::Busy => None,
+            Self::Open(hasher) => Some(hasher.finalize().to_hex().to_string()),
+            Self::Told(digest) => Some(digest),
+        }
+    }
 }
 
 impl Writer {
@@ -92,7 +115,7 @@ impl Writer {
             target: dir.into(),
             force,
             partial,
-            _lock: lock,
+            lock: Some(lock),
             files: Vec::new(),
             tensors: BTreeMap::new(),
             committed: false,
@@ -209,7 +232,7 @@ impl Writer {
             at += block.len();
         }
         if let Some(span) = piece.lock().get_mut(&first) {
-            span.hasher = Some(hasher);
+            span.checksum = Checksum::Open(hasher);
         }
         Ok(())
     }
@@ -269,11 +292,10 @@ impl Writer {
             for piece in &tensor.pieces {
                 let OpenFile { path, spans, .. } = &mut self.files[piece.file];
                 let mut reached = piece.bytes.start;
-                for (start, span) in mem::take(&mut *piece.lock()) {
-                    let Some(hasher) = span.hasher.filter(|_| start == reached) else { break };
-                    let blake3 = hasher.finalize().to_hex().to_string();
-                    spans.push((start, Span { bytes: span.end - start, blake3 }));
-                    reached = span.end;
+                for (start, OpenSpan { end, checksum }) in mem::take(&mut *piece.lock()) {
+                    let Some(blake3) = checksum.digest().filter(|_| start == reached) else { break };
+                    spans.push((start, Span { bytes: end - start, blake3 }));
+                    reached = end;
                 }
                 if reached != piece.bytes.end {
                     let element = piece.range.start + (reached - piece.bytes.start) / tensor.meta.dtype.size();
@@ -303,22 +325,25 @@ impl Writer {
         Ok(Index { format: FORMAT, tensors: UniqueMap(tensors) })
     }
 
-    /// Makes a file in the partial folder and gives its index.
+    /// Makes a file in the partial folder, or opens what its owner has made, and gives its index.
     fn create_file(&mut self, name: &str, size: usize) -> Result<usize> {
         check_file_name(&self.target, name)?;
         let path = self.partial.join(name);
         if name == MANIFEST || self.files.iter().any(|file| file.name == name) {
             return Err(Error::file(path, "the checkpoint has this file already; choose another name"));
         }
-        let file = self.disk.create(&path, size)?;
+        let file = match &self.lock {
+            Some(_) => self.disk.create(&path, size)?,
+            None => self.disk.open(&path, size)?,
+        };
         self.files.push(OpenFile { name: name.into(), path, file, size, spans: Vec::new() });
         Ok(self.files.len() - 1)
     }
 
-    /// Writes a document or a header, a span of its own.
+    /// Writes a document or a header, a span of its own, which is its owner's to write.
     fn write_block(&mut self, file: usize, start: usize, content: &[u8]) -> Result<()> {
         let OpenFile { path, file, spans, .. } = &mut self.files[file];
-        if !content.is_empty() {
+        if !content.is_empty() && self.lock.is_some() {
             self.disk.write_at(file, path, content, start)?;
             spans.push((start, Span { bytes: content.len(), blake3: format::digest(content) }));
         }
@@ -328,7 +353,8 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if !self.committed
+        if self.lock.is_some()
+            && !self.committed
             && let Err(error) = self.disk.remove(&self.partial)
         {
             tracing::warn!("an unfinished checkpoint stays on the disk: {error}");
@@ -351,21 +377,27 @@ impl OpenPiece {
     /// of them are taken.
     fn reserve(&self, begin: usize, end: usize) -> Option<(usize, Box<Hasher>)> {
         let mut written = self.lock();
-        if written.range(begin..).next().is_some_and(|(&next, _)| next < end) {
+        if is_taken(&written, begin, end) {
             return None;
         }
-        if let Some((&first, span)) = written.range_mut(..begin).next_back() {
-            if span.end > begin {
-                return None;
-            }
-            if span.end == begin
-                && let Some(hasher) = span.hasher.take()
-            {
-                span.end = end;
-                return Some((first, hasher));
+        if let Some((&first, span)) = written.range_mut(..begin).next_back()
+            && span.end == begin
+        {
+            match mem::replace(&mut span.checksum, Checksum::Busy) {
+                Checksum::Open(hasher) => {
+                    span.end = end;
+                    return Some((first, hasher));
+                }
+                kept => span.checksum = kept,
             }
         }
-        written.insert(begin, OpenSpan { end, hasher: None });
+        written.insert(begin, OpenSpan { end, checksum: Checksum::Busy });
         Some((begin, Box::default()))
     }
+}
+
+/// Whether some of the bytes `begin..end` are those of a span.
+fn is_taken(written: &BTreeMap<usize, OpenSpan>, begin: usize, end: usize) -> bool {
+    written.range(begin..).next().is_some_and(|(&next, _)| next < end)
+        || written.range(..begin).next_back().is_some_and(|(_, span)| span.end > begin)
 }

@@ -35,10 +35,6 @@ pub trait Comm<B: Backend>: Send {
         let ticket = self.begin(backend, stream, Collective::Sum, values.reborrow())?;
         self.finish(backend, stream, ticket, values)
     }
-    /// Whether any rank says so: how ranks agree to stop.
-    fn any(&self, flag: bool) -> Result<bool> {
-        Ok(self.exchange(&[u8::from(flag)])?.iter().any(|said| said == &[1]))
-    }
 }
 
 /// What becomes of a tensor that every rank has, of the same length and type.

@@ -229,11 +229,49 @@ pub struct CheckpointConfig {
     pub keep_last: usize,
     /// Keep those whose step is a multiple of this for ever; 0: none.
     pub keep_every: u64,
+    /// Write while training goes on, from a copy in host memory: `"auto"` (where there is room for it), `true`, `false`.
+    pub background: Background,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 0, keep_last: 2, keep_every: 0 }
+        Self { every: 0, keep_last: 2, keep_every: 0, background: Background::Auto }
+    }
+}
+
+/// Whether checkpoints are written while training goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "toml::Value", into = "toml::Value")]
+pub enum Background {
+    /// Where host memory has room for a copy of the state.
+    #[default]
+    Auto,
+    /// Yes; a copy that is refused ends the run.
+    Always,
+    /// No: the step waits.
+    Never,
+}
+
+impl TryFrom<toml::Value> for Background {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match &value {
+            toml::Value::Boolean(true) => Ok(Self::Always),
+            toml::Value::Boolean(false) => Ok(Self::Never),
+            toml::Value::String(word) if word == "auto" => Ok(Self::Auto),
+            other => Err(format!("{other} is none of \"auto\", true and false")),
+        }
+    }
+}
+
+impl From<Background> for toml::Value {
+    fn from(background: Background) -> Self {
+        match background {
+            Background::Auto => "auto".into(),
+            Background::Always => true.into(),
+            Background::Never => false.into(),
+        }
     }
 }
 

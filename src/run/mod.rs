@@ -14,6 +14,7 @@ mod model;
 mod place;
 mod prepare;
 mod ranks;
+mod saving;
 mod session;
 
 pub use again::train_or_resume;

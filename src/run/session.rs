@@ -4,10 +4,11 @@ use super::{
     CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
     prepare::Start,
     ranks::{Ranks, agree},
+    saving::{self, Saved, Saver},
 };
 use crate::{
     Error, Result,
-    checkpoint::{CONFIG, STATE, Store},
+    checkpoint::{CONFIG, STATE, Store, Writer},
     comm::environment::World,
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
@@ -16,10 +17,10 @@ use crate::{
     ops::Ops,
     report::{
         metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
-        progress::{Progress, Show},
+        progress::{Progress as Shown, Show},
         tensorboard,
     },
-    state::{Meaning, Position, Progress as Saved},
+    state::{Meaning, Position, Progress},
     trainer::{self, Bad, StepResult, Trainer},
     upscale,
 };
@@ -61,6 +62,7 @@ pub struct Outcome {
 pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, show: Show) -> Result<Outcome> {
     let Prepared { config, meaning, samples, origin, tokenizer } = prepared;
     let world = ranks.world.clone();
+    let free = saving::host_memory(&world);
     let comm = ranks.comm(&backend)?;
     let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning, &world))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
@@ -75,6 +77,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         _ => Ok(None),
     };
     let files = agree(&*trainer.comm, opened)?;
+    let saver = Saver::new(&trainer, &config, &meaning, free)?;
     let clock = (trainer.position.seconds, Instant::now());
     let stop = machine::stop_flag()?;
     let mut session = Session {
@@ -83,6 +86,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         meaning,
         tokenizer,
         files,
+        saver,
         stop,
         clock,
         saved: None,
@@ -151,10 +155,9 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning, wor
 
 /// What a run writes and shows: rank 0's.
 struct Files {
-    store: Store,
     metrics: MetricsLog,
     log: fs::File,
-    progress: Progress,
+    progress: Shown,
 }
 
 impl Files {
@@ -176,8 +179,8 @@ impl Files {
         let log =
             fs::File::options().create(true).append(true).open(&log_file).map_err(Error::io("write", &log_file))?;
         let label = run.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-        let progress = Progress::new(&label, config.steps, position.step, show);
-        Ok(Self { store, metrics, log, progress })
+        let progress = Shown::new(&label, config.steps, position.step, show);
+        Ok(Self { metrics, log, progress })
     }
 
     fn say(&mut self, line: &str) {
@@ -193,6 +196,7 @@ struct Session<B: Ops> {
     meaning: Meaning,
     tokenizer: Option<Vec<u8>>,
     files: Option<Files>,
+    saver: Saver<B>,
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
     clock: (f64, Instant),
@@ -218,7 +222,7 @@ impl<B: Ops> Session<B> {
         if world.world > 1 {
             self.say(&world.to_string());
         }
-        for line in lines {
+        for line in lines.into_iter().chain(self.saver.describe()) {
             self.say(&line);
         }
     }
@@ -244,7 +248,8 @@ impl<B: Ops> Session<B> {
                 self.record(result)?;
             }
             let step = self.trainer.position.step;
-            let stop = self.trainer.comm.any(self.stop.load(Ordering::Relaxed))?;
+            let (stop, saved) = self.saver.meet(&*self.trainer.comm, self.stop.load(Ordering::Relaxed))?;
+            self.say_saved(saved);
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             if due(self.config.validation.every) {
                 self.validate()?;
@@ -254,6 +259,7 @@ impl<B: Ops> Session<B> {
             }
             // A signal during the last step finds nothing to interrupt.
             if stop && step < self.config.steps {
+                self.finish_saving()?;
                 return Err(Error::Interrupted {
                     step,
                     checkpoint: self.checkpoint(step),
@@ -265,6 +271,7 @@ impl<B: Ops> Session<B> {
             self.validate()?;
         }
         self.save()?;
+        self.finish_saving()?;
         Ok(Outcome {
             rank: self.trainer.comm.rank(),
             checkpoint: self.checkpoint(self.trainer.position.step),
@@ -320,8 +327,9 @@ impl<B: Ops> Session<B> {
     fn halt(&mut self, step: u64, position: Position, tensor: String) -> Result<()> {
         while self.trainer.collect()?.is_some() {}
         self.trainer.position = position;
-        self.saved = None;
-        self.write_checkpoint()?;
+        self.finish_saving()?;
+        self.begin_saving()?;
+        self.finish_saving()?;
         Err(Error::NonFinite { step, tensor, checkpoint: self.checkpoint(position.step) })
     }
 
@@ -345,54 +353,67 @@ impl<B: Ops> Session<B> {
         files.metrics.append(&Record::Validation(record))
     }
 
+    /// Begins to save, unless this state is saved or being saved already.
     fn save(&mut self) -> Result<()> {
         self.flush()?;
         if self.saved == Some(self.trainer.position.step) {
             return Ok(());
         }
         let start = Instant::now();
-        self.write_checkpoint()?;
-        let Some(files) = &mut self.files else { return Ok(()) };
-        let keep_every = (self.config.checkpoint.keep_every > 0).then_some(self.config.checkpoint.keep_every);
-        let keep_last =
-            if self.config.checkpoint.keep_last == 0 { usize::MAX } else { self.config.checkpoint.keep_last };
-        files.store.prune(keep_last, keep_every)?;
-        let path = files.store.path(self.trainer.position.step);
-        files.say(&format!("saved {} in {:.2} s", path.display(), start.elapsed().as_secs_f64()));
-        Ok(())
+        if self.finish_saving()? {
+            let waited = start.elapsed().as_secs_f64();
+            self.say(&format!("waited {waited:.2} s for that before the next one can begin (checkpoint.every)"));
+        }
+        self.begin_saving()
     }
 
-    /// Rank 0 writes; all go on once it has.
-    fn write_checkpoint(&mut self) -> Result<()> {
+    fn begin_saving(&mut self) -> Result<()> {
         self.trainer.position.seconds = self.seconds();
-        let written = self.files.as_ref().map_or(Ok(()), |files| self.write_to(&files.store));
-        agree(&*self.trainer.comm, written)?;
+        let Self { saver, trainer, config, meaning, tokenizer, .. } = self;
+        saver.begin(trainer, meaning, |writer| {
+            write_documents(trainer, config, meaning, tokenizer.as_deref(), writer)
+        })?;
         self.saved = Some(self.trainer.position.step);
         Ok(())
     }
 
-    fn write_to(&self, store: &Store) -> Result<()> {
-        let position = self.trainer.position;
-        let progress = Saved {
-            position,
-            data: self.trainer.feed.samples.fingerprint(),
-            config: Some(self.config.clone()),
-            version: env!("CARGO_PKG_VERSION").into(),
-        };
-        if let Some(tuning) = self.trainer.backend.tuning() {
-            let path = self.config.run.join(TUNING_FILE);
-            fs::write(&path, tuning).map_err(Error::io("write", &path))?;
-        }
-        let mut writer = store.create(position.step)?;
-        writer.json(CONFIG, &self.meaning)?;
-        writer.json(STATE, &progress)?;
-        if let Some(tokenizer) = &self.tokenizer {
-            writer.bytes(TOKENIZER_FILE, tokenizer)?;
-        }
-        let optimizer = Some(&self.meaning.optimizer);
-        self.trainer.state.save(&self.trainer.backend, self.trainer.network.table(), optimizer, &mut writer)?;
-        writer.commit()
+    /// Waits for the save under way; returns whether there was one.
+    fn finish_saving(&mut self) -> Result<bool> {
+        let saved = self.saver.finish(&*self.trainer.comm)?;
+        let some = saved.is_some();
+        self.say_saved(saved);
+        Ok(some)
     }
+
+    fn say_saved(&mut self, saved: Option<Saved>) {
+        let Some(Saved { step, pause, whole }) = saved else { return };
+        let path = self.checkpoint(step);
+        let (pause, whole) = (pause.as_secs_f64(), whole.as_secs_f64());
+        self.say(&format!("saved {} in {whole:.2} s; training paused for {pause:.2} s", path.display()));
+    }
+}
+
+/// What a checkpoint holds beside tensors.
+fn write_documents<B: Ops>(
+    trainer: &Trainer<B>,
+    config: &Config,
+    meaning: &Meaning,
+    tokenizer: Option<&[u8]>,
+    writer: &mut Writer,
+) -> Result<()> {
+    let progress = Progress {
+        position: trainer.position,
+        data: trainer.feed.samples.fingerprint(),
+        config: Some(config.clone()),
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    if let Some(tuning) = trainer.backend.tuning() {
+        let path = config.run.join(TUNING_FILE);
+        fs::write(&path, tuning).map_err(Error::io("write", &path))?;
+    }
+    writer.json(CONFIG, meaning)?;
+    writer.json(STATE, &progress)?;
+    tokenizer.map_or(Ok(()), |tokenizer| writer.bytes(TOKENIZER_FILE, tokenizer))
 }
 
 /// Goes on with the algorithms that the run has used so far.

@@ -157,6 +157,10 @@ impl<F: Real> Backend for Cpu<F> {
         Ok(crate::machine::available_memory().map_or(usize::MAX, |bytes| bytes / 5 * 4))
     }
 
+    fn in_host_memory(&self) -> bool {
+        true
+    }
+
     fn host(&self, bytes: usize) -> Result<Vec<u8>> {
         Ok(vec![0; bytes])
     }

@@ -25,6 +25,11 @@ impl Faults {
         Arc::new(Self { fail_at, dies, errno, log: Mutex::default() })
     }
 
+    /// How many there were.
+    pub fn changes(&self) -> usize {
+        self.log.lock().unwrap().len()
+    }
+
     pub fn before(&self, action: &'static str, path: &Path) -> io::Result<()> {
         let mut log = self.log.lock().unwrap();
         let change = log.len();
