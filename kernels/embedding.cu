@@ -2,6 +2,7 @@
 // rows are sorted by token (and stay in order within one), cut into windows, and summed within windows and then over
 // them. Beside the tokens, memory moves each element of dx once, and each touched element of dweight in and out.
 #include "sums.cuh"
+#include "types.cuh"
 
 // x = scale * weight[token] + positions[..]. Rows go along the grid's x, pieces of a row along its y and the block.
 KERNEL(256, NAMED(embedding_forward),
@@ -102,12 +103,35 @@ KERNEL(BINS, NAMED(embedding_sort), (u32* order, u32* starts, const i32* tokens,
 // Rows whose gradients a thread loads at once.
 #define BATCH 8
 
+// Adds to the elements of a row from i on.
+template <class T, int N>
+DEVICE void add_to_row(T* row, u64 i, u32 width, bool wide, f32 scale, const f32 (&sum)[N]) {
+    f32 held[N];
+    load_f32(held, row, i, width, wide);
+#pragma unroll
+    for (int k = 0; k < N; k++) held[k] += scale * sum[k];
+    store_f32(row, i, width, wide, held);
+}
+
+// The same of a row of dweight, which is bf16 only beside activations that are.
+template <int N>
+DEVICE void add_to_token(void* dweight, u32 type, u32 token, u64 i, u32 width, bool wide, f32 scale,
+                         const f32 (&sum)[N]) {
+    if constexpr (sizeof(real) == sizeof(bf16)) {
+        if (type == TYPE_BF16) {
+            add_to_row((bf16*)dweight + (u64)token * width, i, width, wide, scale, sum);
+            return;
+        }
+    }
+    add_to_row((f32*)dweight + (u64)token * width, i, width, wide, scale, sum);
+}
+
 // Sums over a window of sorted rows, token by token. A token that lies in this window alone is added to dweight; of one
 // that goes on beyond the window's begin or end, partials (windows x 2 x width) gets the sum: at 0 if it began before
 // the window, else at 1. Windows go along the grid's x, pieces of a row along its y and the block.
 KERNEL(256, NAMED(embedding_windows),
-       (f32* dweight, f32* partials, const real* dx, const i32* tokens, const u32* order, u32 rows, u32 window,
-        u32 width, f32 scale)) {
+       (void* dweight, u32 sum_type, f32* partials, const real* dx, const i32* tokens, const u32* order, u32 rows,
+        u32 window, u32 width, f32 scale)) {
     SHARED u32 row_of[MOST_WINDOW];
     SHARED i32 token_of[MOST_WINDOW];
     u64 from = (u64)blockIdx.x * window;
@@ -121,7 +145,8 @@ KERNEL(256, NAMED(embedding_windows),
     __syncthreads();
 
     u64 i = ((u64)blockIdx.y * blockDim.x + threadIdx.x) * WIDE<real>;
-    bool wide = is_wide(dx, width), wide_sums = is_wide(dweight, width) && is_wide(partials, width);
+    bool wide = is_wide(dx, width), wide_sums = is_wide(partials, width);
+    bool wide_target = sum_type == TYPE_BF16 ? is_wide((bf16*)dweight, width) : is_wide((f32*)dweight, width);
     f32 sum[WIDE<real>] = {};
     for (u32 base = 0; base < count; base += BATCH) {
         Wide<real> batch[BATCH];
@@ -142,11 +167,7 @@ KERNEL(256, NAMED(embedding_windows),
                 f32* partial = partials + ((u64)blockIdx.x * 2 + (began_before ? 0 : 1)) * width;
                 store_f32(partial, i, width, wide_sums, sum);
             } else {
-                f32 held[WIDE<real>];
-                load_f32(held, dweight + (u64)token * width, i, width, wide_sums);
-#pragma unroll
-                for (int k = 0; k < WIDE<real>; k++) held[k] += scale * sum[k];
-                store_f32(dweight + (u64)token * width, i, width, wide_sums, held);
+                add_to_token(dweight, sum_type, token, i, width, wide_target, scale, sum);
             }
 #pragma unroll
             for (int k = 0; k < WIDE<real>; k++) sum[k] = 0;
@@ -160,8 +181,8 @@ KERNEL(256, NAMED(embedding_windows),
 // one: its windows in slices, one for each team of `warps` warps, and then the slices. Pieces of a row go along the
 // grid's y and the team.
 KERNEL(256, NAMED(embedding_join),
-       (f32* dweight, const f32* partials, const i32* tokens, const u32* order, const u32* starts, u32 rows, u32 window,
-        u32 width, u32 warps, f32 scale)) {
+       (void* dweight, u32 sum_type, const f32* partials, const i32* tokens, const u32* order, const u32* starts, u32 rows,
+        u32 window, u32 width, u32 warps, f32 scale)) {
     u64 next = ((u64)blockIdx.x + 1) * window;
     if (next >= rows) return;
     i32 token = tokens[order[next - 1]];
@@ -180,15 +201,17 @@ KERNEL(256, NAMED(embedding_join),
 #pragma unroll
         for (int k = 0; k < WIDE<real>; k++) sum[k] += partial[k];
     }
-    f32* target = dweight + (u64)token * width + first;
+    u64 target = (u64)token * width + first;
     u32 inside = width - first < columns ? width - first : columns;
-    add_teams<MOST_WARPS>(sum, own, columns, inside, team, teams, [=](u32 c, f32 all) { target[c] += scale * all; });
+    add_teams<MOST_WARPS>(sum, own, columns, inside, team, teams, [=](u32 c, f32 all) {
+        store_as(dweight, sum_type, target + c, load_as(dweight, sum_type, target + c) + scale * all);
+    });
 }
 
 // dpositions = sum of dx over the sequences, zero where no sequence reaches. Positions go along the grid's x; teams,
 // slices and pieces as above.
 KERNEL(256, NAMED(embedding_positions),
-       (f32* dpositions, const real* dx, u64 rows, u32 sequence, u32 width, u32 warps)) {
+       (void* dpositions, u32 sum_type, const real* dx, u64 rows, u32 sequence, u32 width, u32 warps)) {
     u32 members = warps * WARP, columns = members * WIDE<real>, first = blockIdx.y * columns;
     u32 team = threadIdx.x / members, teams = blockDim.x / members, own = threadIdx.x % members * WIDE<real>;
     u64 position = blockIdx.x;
@@ -202,7 +225,8 @@ KERNEL(256, NAMED(embedding_positions),
 #pragma unroll
         for (int k = 0; k < WIDE<real>; k++) sum[k] += load(piece.at[k]);
     }
-    f32* target = dpositions + position * width + first;
+    u64 target = position * width + first;
     u32 inside = width - first < columns ? width - first : columns;
-    add_teams<MOST_WARPS>(sum, own, columns, inside, team, teams, [=](u32 c, f32 all) { target[c] = all; });
+    add_teams<MOST_WARPS>(sum, own, columns, inside, team, teams,
+                          [=](u32 c, f32 all) { store_as(dpositions, sum_type, target + c, all); });
 }

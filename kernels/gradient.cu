@@ -82,19 +82,28 @@ KERNEL(THREADS, accumulate, (void* target, u32 target_type, const void* source, 
     with_type(target_type, target, Accumulate{source, source_type, len, add != 0});
 }
 
-// partials[block] = clip weight times the sum of squares over the block's piece. Bytes: the gradients once.
-KERNEL(THREADS, square_norms, (f64* partials, const f32* gradients, const Piece* pieces, const RowSettings* rows)) {
-    Piece piece = pieces[blockIdx.x];
-    const f32* x = gradients + piece.offset;
+DEVICE f64 square(f32 x) { return (f64)x * x; }
+
+// This thread's part of the sum of squares of len elements.
+template <class T> DEVICE f64 squares(const T* x, u32 len) {
     f64 sum = 0;
-    u32 packs = is_wide(x, WIDE<f32>) ? piece.len / WIDE<f32> : 0;
+    u32 packs = is_wide(x, WIDE<T>) ? len / WIDE<T> : 0;
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < packs; i += THREADS) {
-        Wide<f32> pack = ((const Wide<f32>*)x)[i];
+        Wide<T> pack = ((const Wide<T>*)x)[i];
 #pragma unroll
-        for (int j = 0; j < WIDE<f32>; ++j) sum += (f64)pack.at[j] * pack.at[j];
+        for (int j = 0; j < WIDE<T>; ++j) sum += square(load(pack.at[j]));
     }
-    for (u32 i = packs * WIDE<f32> + threadIdx.x; i < piece.len; i += THREADS) sum += (f64)x[i] * x[i];
+    for (u32 i = packs * WIDE<T> + threadIdx.x; i < len; i += THREADS) sum += square(load(x[i]));
+    return sum;
+}
+
+// partials[block] = clip weight times the sum of squares over the block's piece. Bytes: the gradients once.
+KERNEL(THREADS, square_norms,
+       (f64* partials, const void* gradients, u32 gradient_type, const Piece* pieces, const RowSettings* rows)) {
+    Piece piece = pieces[blockIdx.x];
+    f64 sum = gradient_type == TYPE_BF16 ? squares((const bf16*)gradients + piece.offset, piece.len)
+                                         : squares((const f32*)gradients + piece.offset, piece.len);
     sum = block_sum(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = rows[piece.row].clip * sum;
 }

@@ -1,7 +1,7 @@
-// What Muon needs beside its products: src/ops/muon.rs has the steps. Moments, gradients and master weights are f32,
-// the matrix that is orthogonalised is of the compute type. A block takes `chunk` neighbours, and leaves their sum.
-#include "exact.cuh"
-#include "step.cuh"
+// What Muon needs beside its products: src/ops/muon.rs has the steps. Master weights are f32, moments and gradients f32
+// or bf16, the matrix that is orthogonalised is of the compute type. A block takes `chunk` neighbours, and leaves their
+// sum.
+#include "moments.cuh"
 
 #define THREADS 256
 #define MOMENTUM 0.95f
@@ -25,23 +25,43 @@ DEVICE f64 sum_of(const f64* sums, u32 count) {
     return block_sum(sum);
 }
 
-// first = 0.95 first + g; x = g + 0.95 first, with g = factor gradient; sums of squares of x. A skipped step leaves
-// first as it is, and x zero.
-KERNEL(THREADS, NAMED(muon_momentum),
-       (real* x, f32* first, const f32* gradient, f64* sums, const f64* scalars, u64 len, u64 chunk)) {
+// `at`: the matrix's first element in the arena.
+template <class M, class G>
+DEVICE void add_momentum(real* x, M* first, const G* gradient, f64* sums, const f64* scalars, Stream rounding, u64 at,
+                         u64 len, u64 chunk) {
     bool skip = scalars[SKIP] != 0;
     Single factor = (f32)scalars[FACTOR], momentum = MOMENTUM;
     sum_chunk(sums, len, chunk, [&](u64 i) -> f64 {
         if (skip) {
-            store(x[i], 0);
+            store(x[i], 0.0f);
             return 0;
         }
-        Single g = factor * gradient[i], m = momentum * first[i] + g;
+        Single g = factor * load(gradient[i]), m = momentum * load(first[i]) + g;
         f32 u = (g + momentum * m).value;
-        first[i] = m.value;
+        u32 word = sizeof(M) == sizeof(bf16) ? word_of(rounding, at + i) : 0;
+        keep(first[i], m.value, bits_of(word, 0));
         store(x[i], u);
         return (f64)u * u;
     });
+}
+
+// first = 0.95 first + g; x = g + 0.95 first, with g = factor gradient; sums of squares of x. A skipped step leaves
+// first as it is, and x zero.
+KERNEL(THREADS, NAMED(muon_momentum),
+       (real* x, void* first, u32 moment_type, const void* gradient, u32 gradient_type, f64* sums, const f64* scalars,
+        u64 rounding, u64 at, u64 len, u64 chunk)) {
+    Stream stream = rounding_stream(scalars, rounding);
+    if constexpr (sizeof(real) == sizeof(bf16)) {
+        if (gradient_type == TYPE_BF16) {
+            const bf16* g = (const bf16*)gradient;
+            if (moment_type == TYPE_BF16) add_momentum(x, (bf16*)first, g, sums, scalars, stream, at, len, chunk);
+            else add_momentum(x, (f32*)first, g, sums, scalars, stream, at, len, chunk);
+            return;
+        }
+    }
+    const f32* g = (const f32*)gradient;
+    if (moment_type == TYPE_BF16) add_momentum(x, (bf16*)first, g, sums, scalars, stream, at, len, chunk);
+    else add_momentum(x, (f32*)first, g, sums, scalars, stream, at, len, chunk);
 }
 
 // x = x / (norm + eps), the norm being the root of the sum of `sums`.

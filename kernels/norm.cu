@@ -1,5 +1,6 @@
 // LayerNorm and RMSNorm, fused with the residual add before them: src/ops/norm/mod.rs has the formulas.
 #include "sums.cuh"
+#include "types.cuh"
 
 enum Kind { LAYER = 0, RMS = 1 };
 
@@ -228,12 +229,12 @@ KERNEL_RESIDENT(384, 2, NAMED(norm_backward),
 }
 
 // first[i] (and second[i], if given) = sum over `count` rows of partials (count x 1 or 2 x width), in order.
-KERNEL(1024, NAMED(add_up), (f32* first, f32* second, const f32* partials, u64 count, u32 width)) {
+KERNEL(1024, NAMED(add_up), (void* first, void* second, u32 sum_type, const f32* partials, u64 count, u32 width)) {
     u32 column = blockIdx.x * WARP + threadIdx.x % WARP, sides = second ? 2 : 1;
     bool inside = column < width;
     const f32* p = partials + (blockIdx.y ? width : 0) + column;
     f32 sum = column_sum(p, count, (u64)sides * width, inside);
-    if (inside && threadIdx.x < WARP) (blockIdx.y ? second : first)[column] = sum;
+    if (inside && threadIdx.x < WARP) store_as(blockIdx.y ? second : first, sum_type, column, sum);
 }
 
 // target = x + scale * branch.

@@ -1,8 +1,7 @@
 // Elementwise optimizers over all pieces of all rows in one launch: src/ops/optimizer.rs has the rules, and the CPU's
-// order of operations, which is kept bit for bit. A block takes CHUNK elements of a piece. Master weights and moments
-// are f32; without a master copy the weights are f32 and their own.
-#include "exact.cuh"
-#include "step.cuh"
+// order of operations, which is kept bit for bit. A block takes CHUNK elements of a piece. Master weights are f32;
+// without a master copy the weights are f32 and their own. Gradients and moments are f32 or bf16, arithmetic is f32.
+#include "moments.cuh"
 
 #define THREADS 256
 #define RUN_LEN 4
@@ -23,99 +22,114 @@ struct Step {
     DEVICE bool is_idle() const { return scalars[SKIP] != 0 || row().muon != 0 || start() >= piece().len; }
 };
 
-// The arenas from the block's first element on.
-template <int MOMENTS> struct Arenas {
+// The arenas as a launch names them, from element `origin` of the table's on: moments and gradients are of types that
+// are known at run time. `rounding` is the stream whose bits moments in bf16 are rounded with.
+struct Arenas {
+    real* working;
+    f32* master;
+    void* moments[3];
+    const void* gradients;
+    u32 moment_type, gradient_type;
+    Stream rounding;
+    u64 origin;
+};
+
+// N neighbours at p, which lie on their border.
+template <int N, class T> DEVICE Pack<T, N> load_run(const T* p) { return *(const Pack<T, N>*)p; }
+template <int N, class T> DEVICE void store_run(T* p, const Pack<T, N>& run) { *(Pack<T, N>*)p = run; }
+template <class T> DEVICE bool is_aligned(const T* p) { return (u64)p % sizeof(Pack<T, RUN_LEN>) == 0; }
+
+// The arenas from the block's first element on: element `at` of them, and `element` of the table's. M, G: types of moments
+// and gradients.
+template <int MOMENTS, class M, class G> struct Typed {
     f32* weights;
     real* copy;
-    f32* moments[MOMENTS + 1];
-    const f32* gradients;
+    M* moments[MOMENTS + 1];
+    const G* gradients;
+    Stream rounding;
+    u64 element;
 
-    DEVICE Arenas(real* copy_, f32* master, const f32* gradients_, u64 at) {
-        weights = (master ? master : (f32*)copy_) + at;
-        copy = master ? copy_ + at : nullptr;
-        gradients = gradients_ + at;
+    DEVICE Typed(const Arenas& a, u64 at) : rounding(a.rounding), element(a.origin + at) {
+        weights = (a.master ? a.master : (f32*)a.working) + at;
+        copy = a.master ? a.working + at : nullptr;
+        gradients = (const G*)a.gradients + at;
+#pragma unroll
+        for (int k = 0; k < MOMENTS; ++k) moments[k] = (M*)a.moments[k] + at;
     }
-    DEVICE bool is_aligned() const {
-        u64 all = (u64)weights | (u64)gradients | (u64)copy * (16 / (RUN_LEN * sizeof(real)));
-        for (int k = 0; k < MOMENTS; ++k) all |= (u64)moments[k];
-        return all % 16 == 0;
+    DEVICE bool is_wide() const {
+        bool all = element % RUN_LEN == 0 && is_aligned(weights) && is_aligned(copy) && is_aligned(gradients);
+#pragma unroll
+        for (int k = 0; k < MOMENTS; ++k) all = all && is_aligned(moments[k]);
+        return all;
     }
 };
 
-typedef Pack<f32, RUN_LEN> Run;
-
-// Updates one element; the square of its change.
-template <int MOMENTS, class Rule> DEVICE f64 update_one(Run& weights, Run* moments, f32 g, u32 j, const Rule& rule) {
-    Single m[MOMENTS + 1];
+// Updates N elements from i on; the sum of the squares of their changes.
+template <int N, int MOMENTS, class M, class G, class Rule>
+DEVICE f64 update_run(const Typed<MOMENTS, M, G>& a, u32 i, const Rule& rule) {
+    Pack<f32, N> weights = load_run<N>(a.weights + i);
+    Pack<G, N> gradients = load_run<N>(a.gradients + i);
+    Pack<M, N> moments[MOMENTS + 1];
 #pragma unroll
-    for (int k = 0; k < MOMENTS; ++k) m[k] = moments[k].at[j];
-    Single old = weights.at[j], updated = rule(old, m, rule.factor * g);
-#pragma unroll
-    for (int k = 0; k < MOMENTS; ++k) moments[k].at[j] = m[k].value;
-    weights.at[j] = updated.value;
-    f64 change = (updated - old).value;
-    return change * change;
-}
-
-// Four elements from i on, of which `len` exist; `wide` when all do and lie aligned.
-template <int MOMENTS, class Rule>
-DEVICE f64 update_run(const Arenas<MOMENTS>& a, u32 i, u32 len, bool wide, const Rule& rule) {
-    Run w, g, m[MOMENTS + 1];
-    if (wide) {
-        w = *(Run*)(a.weights + i);
-        g = *(const Run*)(a.gradients + i);
-#pragma unroll
-        for (int k = 0; k < MOMENTS; ++k) m[k] = *(Run*)(a.moments[k] + i);
-    } else {
-#pragma unroll
-        for (u32 j = 0; j < RUN_LEN; ++j) {
-            w.at[j] = j < len ? a.weights[i + j] : 0;
-            g.at[j] = j < len ? a.gradients[i + j] : 0;
-#pragma unroll
-            for (int k = 0; k < MOMENTS; ++k) m[k].at[j] = j < len ? a.moments[k][i + j] : 0;
-        }
-    }
+    for (int k = 0; k < MOMENTS; ++k) moments[k] = load_run<N>(a.moments[k] + i);
+    u32 words[N] = {};
+    if (MOMENTS > 0 && sizeof(M) == sizeof(bf16)) words_of(words, a.rounding, a.element + i);
+    Pack<real, N> copy;
     f64 changes = 0;
 #pragma unroll
-    for (u32 j = 0; j < RUN_LEN; ++j) {
-        f64 change = update_one<MOMENTS>(w, m, g.at[j], j, rule);
-        changes += j < len ? change : 0;
+    for (int j = 0; j < N; ++j) {
+        Single m[MOMENTS + 1];
+#pragma unroll
+        for (int k = 0; k < MOMENTS; ++k) m[k] = load(moments[k].at[j]);
+        Single old = weights.at[j], updated = rule(old, m, rule.factor * load(gradients.at[j]));
+#pragma unroll
+        for (int k = 0; k < MOMENTS; ++k) keep(moments[k].at[j], m[k].value, bits_of(words[j], k));
+        weights.at[j] = updated.value;
+        store(copy.at[j], updated.value);
+        f64 change = (updated - old).value;
+        changes += change * change;
     }
-    if (wide) {
-        *(Run*)(a.weights + i) = w;
+    store_run(a.weights + i, weights);
 #pragma unroll
-        for (int k = 0; k < MOMENTS; ++k) *(Run*)(a.moments[k] + i) = m[k];
-        if (a.copy) {
-            Pack<real, RUN_LEN> rounded;
-#pragma unroll
-            for (u32 j = 0; j < RUN_LEN; ++j) store(rounded.at[j], w.at[j]);
-            *(Pack<real, RUN_LEN>*)(a.copy + i) = rounded;
-        }
-        return changes;
-    }
-#pragma unroll
-    for (u32 j = 0; j < RUN_LEN; ++j) {
-        if (j >= len) break;
-        a.weights[i + j] = w.at[j];
-#pragma unroll
-        for (int k = 0; k < MOMENTS; ++k) a.moments[k][i + j] = m[k].at[j];
-        if (a.copy) store(a.copy[i + j], w.at[j]);
-    }
+    for (int k = 0; k < MOMENTS; ++k) store_run(a.moments[k] + i, moments[k]);
+    if (a.copy) store_run(a.copy + i, copy);
     return changes;
 }
 
-// The block's elements; their sum of squared changes goes to `partial`.
-template <int MOMENTS, class Rule>
-DEVICE void update_chunk(const Arenas<MOMENTS>& arenas, f64* partial, Step step, const Rule& rule) {
+template <int MOMENTS, class M, class G, class Rule>
+DEVICE void update_typed(const Arenas& all, f64* partial, Step step, const Rule& rule) {
     u64 rest = step.piece().len - step.start();
     u32 len = rest < CHUNK ? (u32)rest : CHUNK;
-    bool aligned = arenas.is_aligned();
+    Typed<MOMENTS, M, G> arenas(all, step.piece().offset + step.start());
+    bool wide = arenas.is_wide();
     f64 changes = 0;
     for (u32 i = threadIdx.x * RUN_LEN; i < len; i += THREADS * RUN_LEN) {
-        changes += update_run<MOMENTS>(arenas, i, len - i, aligned && len - i >= RUN_LEN, rule);
+        if (wide && len - i >= RUN_LEN) {
+            changes += update_run<RUN_LEN>(arenas, i, rule);
+            continue;
+        }
+        u32 end = len - i < RUN_LEN ? len : i + RUN_LEN;
+#pragma unroll 1
+        for (u32 j = i; j < end; ++j) changes += update_run<1>(arenas, j, rule);
     }
     changes = block_sum(changes);
     if (threadIdx.x == 0) *partial = changes;
+}
+
+// The block's elements; their sum of squared changes goes to `partial`. Gradients are bf16 only beside working weights
+// that are.
+template <int MOMENTS, class Rule>
+DEVICE void update_chunk(const Arenas& all, f64* partial, Step step, const Rule& rule) {
+    bool half = MOMENTS > 0 && all.moment_type == TYPE_BF16;
+    if constexpr (sizeof(real) == sizeof(bf16)) {
+        if (all.gradient_type == TYPE_BF16) {
+            if (half) update_typed<MOMENTS, bf16, bf16>(all, partial, step, rule);
+            else update_typed<MOMENTS, f32, bf16>(all, partial, step, rule);
+            return;
+        }
+    }
+    if (half) update_typed<MOMENTS, bf16, f32>(all, partial, step, rule);
+    else update_typed<MOMENTS, f32, f32>(all, partial, step, rule);
 }
 
 // g + wd w; m = kept m + entering g; w - lr (of_g g + of_m m).
@@ -135,23 +149,20 @@ struct PlainSgd {
 
 // Bytes an element: 12, with a momentum 20, and the working copy.
 KERNEL(THREADS, NAMED(sgd),
-       (real* weights, f32* master, f32* first, const f32* gradients, f64* chunks, const f64* scalars,
-        const Piece* pieces, const RowSettings* rows, f64 momentum, f64 dampening, u32 nesterov)) {
+       (real* weights, f32* master, void* first, u32 moment_type, const void* gradients, u32 gradient_type, f64* chunks,
+        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, u64 origin, f64 momentum,
+        f64 dampening, u32 nesterov)) {
     Step step = {scalars, pieces, rows};
     f64* partial = chunks + blockIdx.x;
     if (step.is_idle()) {
         if (threadIdx.x == 0) *partial = 0;
         return;
     }
-    u64 at = step.piece().offset + step.start();
+    Arenas arenas = {weights, master, {first}, gradients, moment_type, gradient_type,
+                     rounding_stream(scalars, rounding), origin};
     f32 factor = (f32)scalars[FACTOR], lr = (f32)step.rate(), decay = (f32)step.row().decay;
-    if (!first) {
-        Arenas<0> arenas(weights, master, gradients, at);
-        return update_chunk<0>(arenas, partial, step, PlainSgd{factor, lr, decay});
-    }
+    if (!first) return update_chunk<0>(arenas, partial, step, PlainSgd{factor, lr, decay});
     bool fresh = scalars[TIME] <= 1;
-    Arenas<1> arenas(weights, master, gradients, at);
-    arenas.moments[0] = first + at;
     Sgd rule = {factor, lr, decay, (f32)(fresh ? 0 : momentum), (f32)(fresh ? 1 : 1 - dampening),
                 nesterov ? 1.0f : 0.0f, nesterov ? (f32)momentum : 1.0f};
     update_chunk<1>(arenas, partial, step, rule);
@@ -193,10 +204,12 @@ struct AdamOfMaximum : Adam {
     }
 };
 
-// Adam and AdamW; amsgrad where there is a maximum. Bytes an element: 28, with a maximum 36, and the working copy.
+// Adam and AdamW; amsgrad where there is a maximum. Bytes an element: 28, with a maximum 36, and the working
+// copy; moments in bf16 take half of their 16 or 24.
 KERNEL(THREADS, NAMED(adam),
-       (real* weights, f32* master, f32* first, f32* second, f32* maximum, const f32* gradients, f64* chunks,
-        const f64* scalars, const Piece* pieces, const RowSettings* rows, f64 beta1, f64 beta2, u32 coupled)) {
+       (real* weights, f32* master, void* first, void* second, void* maximum, u32 moment_type, const void* gradients,
+        u32 gradient_type, f64* chunks, const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding,
+        u64 origin, f64 beta1, f64 beta2, u32 coupled)) {
     // Two powers a block, not a thread.
     SHARED AdamOfMaximum rule;
     Step step = {scalars, pieces, rows};
@@ -207,15 +220,10 @@ KERNEL(THREADS, NAMED(adam),
     }
     if (threadIdx.x == 0) rule.set(step, beta1, beta2, coupled != 0);
     __syncthreads();
-    u64 at = step.piece().offset + step.start();
-    Arenas<3> arenas(weights, master, gradients, at);
-    if (maximum) {
-        arenas.moments[0] = first + at, arenas.moments[1] = second + at, arenas.moments[2] = maximum + at;
-        return update_chunk<3>(arenas, partial, step, rule);
-    }
-    Arenas<2> without(weights, master, gradients, at);
-    without.moments[0] = first + at, without.moments[1] = second + at;
-    update_chunk<2>(without, partial, step, (const Adam&)rule);
+    Arenas arenas = {weights, master, {first, second, maximum}, gradients, moment_type, gradient_type,
+                     rounding_stream(scalars, rounding), origin};
+    if (maximum) update_chunk<3>(arenas, partial, step, rule);
+    else update_chunk<2>(arenas, partial, step, (const Adam&)rule);
 }
 
 struct Lion {
@@ -228,19 +236,19 @@ struct Lion {
     }
 };
 
-// Bytes an element: 20, and the working copy.
+// Bytes an element: 20, with moments in bf16 16, and the working copy.
 KERNEL(THREADS, NAMED(lion),
-       (real* weights, f32* master, f32* first, const f32* gradients, f64* chunks, const f64* scalars,
-        const Piece* pieces, const RowSettings* rows, f64 beta1, f64 beta2)) {
+       (real* weights, f32* master, void* first, u32 moment_type, const void* gradients, u32 gradient_type, f64* chunks,
+        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, u64 origin, f64 beta1,
+        f64 beta2)) {
     Step step = {scalars, pieces, rows};
     f64* partial = chunks + blockIdx.x;
     if (step.is_idle()) {
         if (threadIdx.x == 0) *partial = 0;
         return;
     }
-    u64 at = step.piece().offset + step.start();
-    Arenas<1> arenas(weights, master, gradients, at);
-    arenas.moments[0] = first + at;
+    Arenas arenas = {weights, master, {first}, gradients, moment_type, gradient_type,
+                     rounding_stream(scalars, rounding), origin};
     f64 rate = step.rate();
     Lion rule = {(f32)scalars[FACTOR], (f32)beta1, (f32)(1 - beta1), (f32)beta2, (f32)(1 - beta2), (f32)rate,
                  (f32)(rate * step.row().decay)};

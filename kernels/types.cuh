@@ -23,6 +23,15 @@ template <class Work> DEVICE void with_type(u32 type, void* x, Work work) {
     }
 }
 
+// Element i of a gradient of parameters, or of a moment: bf16 or f32.
+DEVICE f32 load_as(const void* p, u32 type, u64 i) {
+    return type == TYPE_BF16 ? load(((const bf16*)p)[i]) : ((const f32*)p)[i];
+}
+DEVICE void store_as(void* p, u32 type, u64 i, f32 x) {
+    if (type == TYPE_BF16) store(((bf16*)p)[i], x);
+    else ((f32*)p)[i] = x;
+}
+
 // The f32 beside x from which a second rounding, to 16 bits, gives what one rounding of x would: toward zero, with the
 // last bit set where anything was lost.
 DEVICE f32 round_to_odd(f64 x) {

@@ -26,6 +26,12 @@ template <int N> DEVICE void load_f32(f32 (&to)[N], const f32* p, u64 i, u64 n, 
     }
 }
 
+DEVICE void load_f32(f32 (&to)[WIDE<bf16>], const bf16* p, u64 i, u64 n, bool wide) {
+    Wide<bf16> piece = load_wide(p, i, n, wide);
+#pragma unroll
+    for (int k = 0; k < WIDE<bf16>; k++) to[k] = load(piece.at[k]);
+}
+
 // Rounds values to the elements of one piece.
 DEVICE void round_to(Wide<f32>& piece, const f32 (&values)[4]) {
 #pragma unroll
@@ -63,4 +69,7 @@ template <int N> DEVICE void store_f32(f32* p, u64 i, u64 n, bool wide, const f3
         for (int j = 0; j < WIDE<f32>; j++) piece.at[j] = values[k + j];
         store_wide(p, i + k, n, wide, piece);
     }
+}
+DEVICE void store_f32(bf16* p, u64 i, u64 n, bool wide, const f32 (&values)[WIDE<bf16>]) {
+    store_wide(p, i, n, wide, values);
 }

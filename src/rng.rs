@@ -95,6 +95,17 @@ impl Stream {
         );
     }
 
+    /// Uniform words of 64 neighbours, four of them to a block: element i of them, 64·`group` ≤ i, has word i mod 4 of
+    /// block i / 4. (What is drawn for few neighbours at a time takes few blocks; normal numbers are laid out otherwise.)
+    #[inline(always)]
+    pub(crate) fn neighbours(&self, group: u64) -> [u32; GROUP] {
+        let words = self.words(group);
+        std::array::from_fn(
+            #[inline(always)]
+            |i| words[i % 4][i / 4],
+        )
+    }
+
     /// A generator of single draws that starts at element 0 of this stream.
     pub fn rng(&self) -> Rng {
         Rng { stream: *self, next: 0 }

@@ -158,7 +158,7 @@ impl<B: Ops> Trainer<B> {
         })
     }
 
-    /// Weights, to read.
+    /// Weights, to read; see [`Self::gather`].
     pub fn weights(&self) -> Weights<'_, B> {
         Weights::new(self.network.table(), self.state.weights.view())
     }
@@ -278,7 +278,7 @@ impl<B: Ops> Trainer<B> {
         let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, micro, .. } = self;
         let (comm, merges, top) = (&**comm, merges[index], stack_height(merges, index));
         let (over_ranks, batch, table) = (last && comm.world() > 1, feed.batch(batch), network.table());
-        let (shards, owned) = (&self.shards, self.own.range.clone());
+        let shards = &self.shards;
         let (mut fault, mut under_way) = (Ok(()), Vec::new());
         let mut finished = |group: usize, part: Mut<'_, B>| {
             if sums.is_empty() {
@@ -302,10 +302,7 @@ impl<B: Ops> Trainer<B> {
         drop(arena);
         gathering.into_inner().fault.and(fault)?;
         if over_ranks {
-            Shards::finish_sums(backend, comm, under_way, &mut sums[0], gradients, wire)?;
-        }
-        if last && !sums.is_empty() {
-            backend.accumulate(gradients.slice_mut(owned.clone()), sums[0].slice(owned), false);
+            shards.finish_sums(backend, comm, under_way, &mut sums[0], gradients, wire)?;
         }
         Ok(())
     }

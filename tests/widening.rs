@@ -4,7 +4,8 @@
 mod common;
 
 use common::*;
-use mupscale::{backend::cpu::Cpu, config::UpscaleConfig};
+use half::bf16;
+use mupscale::{DType, backend::cpu::Cpu, config::UpscaleConfig, state::Moment};
 
 /// Largest allowed difference of losses, nats, in f64 over 50 steps.
 const BOUND: f64 = 1e-9;
@@ -127,5 +128,42 @@ fn copies_stay_bit_identical_in_f32() {
                 }
             }
         }
+    }
+}
+
+/// A checkpoint with moments in bf16 goes on with moments in f32, and the other way round, rounded to nearest; widened too.
+#[test]
+fn moments_move_between_types() {
+    let dir = tempfile::tempdir().unwrap();
+    let half = || Cpu::<f32>::new(2).unwrap().with_moments(DType::BF16);
+    let moments = |trainer: &mupscale::trainer::Trainer<Cpu<f32>>| {
+        let arenas = [Moment::First, Moment::Second].map(|moment| trainer.state.moment(moment).unwrap());
+        arenas.map(|arena| (arena.dtype(), read(&trainer.backend, arena)))
+    };
+    let config = config(MODELS[0].1, OPTIMIZERS[5].1, &[]);
+    let meaning = meaning(&config);
+    let mut narrow = trainer(half(), &config, &meaning);
+    losses(&mut narrow, 5);
+    let kept = moments(&narrow);
+    assert!(kept.iter().all(|(dtype, values)| *dtype == DType::BF16 && values.iter().any(|&m| m != 0.0)));
+    let origin = checkpoint(&narrow, &meaning, &dir.path().join("half")).unwrap();
+    let (mut single, _) = widened(Cpu::<f32>::new(2).unwrap(), &config, &origin, None).unwrap();
+    for ((dtype, loaded), (_, kept)) in moments(&single).iter().zip(&kept) {
+        assert!(*dtype == DType::F32 && loaded == kept, "bf16 to f32 loses nothing");
+    }
+    losses(&mut single, 3);
+    let nearest = |x: f64| bf16::from_f32(x as f32).to_f64();
+    let origin = checkpoint(&single, &meaning, &dir.path().join("single")).unwrap();
+    let (again, _) = widened(half(), &config, &origin, None).unwrap();
+    for ((dtype, loaded), (_, exact)) in moments(&again).iter().zip(&moments(&single)) {
+        assert_eq!(*dtype, DType::BF16);
+        assert!(loaded.iter().zip(exact).all(|(&loaded, &exact)| loaded == nearest(exact)), "f32 to bf16");
+        assert!(loaded != exact, "nothing was rounded");
+    }
+    let by = UpscaleConfig { width: Some(3), ..Default::default() };
+    let (wide, _) = widened(half(), &config, &origin, Some(&by)).unwrap();
+    let (expected, _) = widened(Cpu::<f32>::new(2).unwrap(), &config, &origin, Some(&by)).unwrap();
+    for ((_, loaded), (_, exact)) in moments(&wide).iter().zip(&moments(&expected)) {
+        assert!(loaded.iter().zip(exact).all(|(&loaded, &exact)| loaded == nearest(exact)), "widened to bf16");
     }
 }

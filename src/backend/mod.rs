@@ -57,14 +57,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn compute(&self) -> DType;
     /// Type of statistics that ops keep for backward (means, log-sum-exp, losses per row).
     fn statistics(&self) -> DType;
-    /// Type of the gradients of parameters.
+    /// Type of the gradients of parameters, as backward of a micro-batch writes them.
     fn gradient(&self) -> DType;
     /// Type in which gradients of micro-steps and ranks are summed.
     fn reduction(&self) -> DType;
     /// Type of the copy of the weights that the optimizer updates; none where it updates the weights that the forward
     /// pass reads.
     fn master(&self) -> Option<DType>;
-    /// Type of the optimizer's moments.
+    /// Type of the optimizer's moments; in bf16 they are rounded stochastically.
     fn moment(&self) -> DType;
 
     /// Allocates `bytes` of zeroed memory, aligned to [`ALIGNMENT`]. The error says how much was asked for.
@@ -323,16 +323,16 @@ impl<'a, B: Backend> Mut<'a, B> {
         Ref { address: self.address, len: self.len, dtype: self.dtype, lifetime: PhantomData }
     }
 
-    /// The same memory, from its beginning, for as many elements of a type that is not larger: what it held is lost.
-    pub fn reuse(self, dtype: DType) -> Self {
-        assert!(dtype.size() <= self.dtype.size(), "{dtype} where {} was", self.dtype);
-        Self { dtype, ..self }
-    }
-
     /// A range of elements. Panics when it lies outside: an error of ours.
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
         Self { address: self.address.offset(range.start * self.dtype.size()), len: range.len(), ..self }
+    }
+
+    /// The same memory as elements of another type, as many as fit. It starts on a border of that type, as tensors do.
+    pub fn retyped(self, dtype: DType) -> Self {
+        let bytes = self.len * self.dtype.size();
+        Self { len: bytes / dtype.size(), dtype, ..self }
     }
 
     /// Two views: the elements before `at`, and the rest.

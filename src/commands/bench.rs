@@ -4,7 +4,7 @@ use super::print_json;
 use crate::{
     Result,
     bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
-    config::Recording,
+    config::{KeptIn, Recording},
     model::decoder::Recompute,
     report::{human, table::Table},
     run::Place,
@@ -22,6 +22,23 @@ pub enum Command {
     Upscale(UpscaleArgs),
 }
 
+/// What gradients and moments are kept in, as in `[memory]`.
+#[derive(clap::Args)]
+struct KeptArgs {
+    /// Type of gradients
+    #[arg(long, default_value = "f32")]
+    gradients: KeptIn,
+    /// Type of moments
+    #[arg(long, default_value = "f32")]
+    moments: KeptIn,
+}
+
+impl KeptArgs {
+    fn at(&self, place: Place) -> Place {
+        Place { gradients: self.gradients, moments: self.moments, ..place }
+    }
+}
+
 /// Arguments of `bench ops`.
 #[derive(clap::Args)]
 pub struct OpsArgs {
@@ -36,6 +53,8 @@ pub struct OpsArgs {
     only: String,
     #[command(flatten)]
     place: super::PlaceArgs,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -58,6 +77,8 @@ pub struct TrainArgs {
     recompute: Recompute,
     #[command(flatten)]
     place: super::PlaceArgs,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// What a GPU records of a step
     #[arg(long, default_value = "auto")]
     graph: Recording,
@@ -107,8 +128,8 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
-    let OpsArgs { preset, batch, only, place, json } = args;
-    let speed = bench::ops(place.place(), OpsBench { preset, batch, only })?;
+    let OpsArgs { preset, batch, only, place, kept, json } = args;
+    let speed = bench::ops(kept.at(place.place()), OpsBench { preset, batch, only })?;
     if json {
         return print_json(&speed);
     }
@@ -126,7 +147,8 @@ fn ops(args: OpsArgs) -> Result<()> {
 fn train(args: TrainArgs) -> Result<()> {
     let TrainArgs { preset, batch, steps, recompute, graph, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
-    let speed = bench::train(Place { eager: graph == Recording::None, ..args.place.place() }, bench)?;
+    let place = args.kept.at(args.place.place());
+    let speed = bench::train(Place { eager: graph == Recording::None, ..place }, bench)?;
     if args.json {
         return print_json(&speed);
     }

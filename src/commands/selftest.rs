@@ -3,7 +3,8 @@
 use super::print_json;
 use crate::{
     Error, Result,
-    config::{Device, Precision},
+    backend::Backend,
+    config::{Device, KeptIn, Precision},
     report::table::Table,
     run::Place,
     selftest,
@@ -15,7 +16,7 @@ pub struct Args {
     /// What to check
     #[arg(long, default_value = "cuda")]
     device: Device,
-    /// Compute types to check
+    /// Compute types to check; bf16 also with gradients and moments in bf16
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     precision: Vec<Precision>,
     /// Only checks whose name contains this
@@ -32,7 +33,7 @@ pub struct Args {
 #[derive(serde::Serialize)]
 struct Verdict {
     device: String,
-    checks: Vec<(Precision, selftest::Row)>,
+    checks: Vec<(String, selftest::Row)>,
     failed: usize,
     ok: bool,
 }
@@ -43,9 +44,15 @@ pub fn run(args: Args) -> Result<()> {
     }
     let (mut device, mut checks) = (String::new(), Vec::new());
     for &precision in &args.precision {
-        let cuda = Place { device: Device::Cuda, precision, ..Place::default() }.gpu()?;
-        device = cuda.properties().name.clone();
-        checks.extend(selftest::run(&cuda, &args.only)?.into_iter().map(|row| (precision, row)));
+        let kept: &[KeptIn] = if precision == Precision::Bf16 { &[KeptIn::F32, KeptIn::Bf16] } else { &[KeptIn::F32] };
+        for &kept in kept {
+            let cuda = Place { device: Device::Cuda, precision, gradients: kept, moments: kept, ..Place::default() };
+            let cuda = cuda.gpu()?;
+            device = cuda.properties().name.clone();
+            let all = if kept == KeptIn::Bf16 { ", gradients and moments too" } else { "" };
+            let types = format!("{}{all}", cuda.compute());
+            checks.extend(selftest::run(&cuda, &args.only)?.into_iter().map(|row| (types.clone(), row)));
+        }
     }
     let failed = checks.iter().filter(|(_, row)| !row.ok).count();
     let verdict = Verdict { device, checks, failed, ok: failed == 0 };
@@ -62,10 +69,9 @@ pub fn run(args: Args) -> Result<()> {
 
 fn show(verdict: &Verdict, all: bool) -> Result<()> {
     let mut table = Table::new(["check", "type", "elements", "difference / bound", ""]);
-    for (precision, row) in verdict.checks.iter().filter(|(_, row)| all || !row.ok) {
+    for (types, row) in verdict.checks.iter().filter(|(_, row)| all || !row.ok) {
         let verdict = if row.ok { "ok".to_string() } else { format!("FAILED at {}", row.at) };
-        let precision = format!("{precision:?}").to_lowercase();
-        table.row([row.name.clone(), precision, row.elements.to_string(), format!("{:.3}", row.worst), verdict]);
+        table.row([row.name.clone(), types.clone(), row.elements.to_string(), format!("{:.3}", row.worst), verdict]);
     }
     if all || !verdict.ok {
         super::print(table)?;

@@ -15,7 +15,7 @@ pub use model::{Arch, DataShape, ModelConfig, resolve_model};
 pub use optimizer::{ClipNorm, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShapeFactor};
 pub use read::{ConfigText, set_value};
 
-use crate::{dims::Dims, model::decoder::Recompute, mup::Parametrization};
+use crate::{DType, dims::Dims, model::decoder::Recompute, mup::Parametrization};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -100,8 +100,8 @@ pub enum Device {
     Cuda,
 }
 
-/// Type of activations and of the weights that they are computed from. (On a GPU, gradients of parameters, the weights
-/// that the optimizer updates, and its moments are f32 with either type.)
+/// Type of activations and of the weights that they are computed from. (On a GPU the weights that the optimizer updates
+/// are f32 with either type; for gradients and moments see [`MemoryConfig`].)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -329,6 +329,33 @@ pub struct MemoryConfig {
     pub recompute: RecomputeChoice,
     /// MiB that the run may use; 0: 80 % of what the machine has free.
     pub limit: usize,
+    /// Type of the gradients of a micro-batch: `f32`, or `bf16` on a GPU that computes in bf16. Their sums over
+    /// micro-batches and ranks are f32 either way.
+    pub gradients: KeptIn,
+    /// Type of the optimizer's moments: `f32`, or `bf16`, updated in f32 and rounded stochastically. Copies of a unit do
+    /// not stay equal then: a widened model trains as the narrow one in the mean only.
+    pub moments: KeptIn,
+}
+
+/// A type that something is kept in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KeptIn {
+    /// 32-bit floats (64-bit with `precision = "f64"`).
+    #[default]
+    F32,
+    /// 16-bit floats with f32's range.
+    Bf16,
+}
+
+impl KeptIn {
+    /// The type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// What backward computes again.

@@ -43,21 +43,21 @@ impl Plan {
 /// One line for each name; names that differ only in a number (the blocks) share one.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut lines: Vec<(String, usize, usize)> = Vec::new();
+        let mut lines: Vec<(String, DType, usize, usize)> = Vec::new();
         for (name, dtype, len) in &self.entries {
             let general: String =
                 name.split('.').map(|p| if p.parse::<u32>().is_ok() { "*" } else { p }).collect::<Vec<_>>().join(".");
             let bytes = bytes_of(*dtype, *len);
-            match lines.iter_mut().find(|l| l.0 == general) {
-                Some(line) => (line.1, line.2) = (line.1 + 1, line.2 + bytes),
-                None => lines.push((general, 1, bytes)),
+            match lines.iter_mut().find(|l| l.0 == general && l.1 == *dtype) {
+                Some(line) => (line.2, line.3) = (line.2 + 1, line.3 + bytes),
+                None => lines.push((general, *dtype, 1, bytes)),
             }
         }
-        for (name, count, bytes) in lines {
+        for (name, dtype, count, bytes) in lines {
             let times = if count > 1 { format!("  ({count})") } else { String::new() };
-            writeln!(f, "  {:>10}  {name}{times}", size(bytes))?;
+            writeln!(f, "  {:>10}  {:<4}  {name}{times}", size(bytes), dtype.name())?;
         }
-        write!(f, "  {:>10}  in all", size(self.bytes()))
+        write!(f, "  {:>10}        in all", size(self.bytes()))
     }
 }
 

@@ -23,6 +23,7 @@ pub mod pieces;
 pub mod rotary;
 pub mod scalars;
 mod softmax;
+mod stochastic;
 
 #[cfg(test)]
 mod tests;

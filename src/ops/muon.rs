@@ -3,16 +3,25 @@
 
 mod cuda;
 
-use super::{gradient::square_sum, optimizer::Step, pieces::RowSettings};
-use crate::backend::{
-    ALIGNMENT, Backend, Mut, Ref,
-    cpu::{
-        Cpu, Pool, Real,
-        gemm::gemm_on,
-        math::vectorize,
-        parallel::{RowsMut, scratch as scratch_of_thread},
+use super::{
+    gradient::square_sum,
+    optimizer::Step,
+    pieces::RowSettings,
+    stochastic::{self, Moment, Words},
+};
+use crate::{
+    DType,
+    backend::{
+        ALIGNMENT, Backend, Mut, Ref,
+        cpu::{
+            Cpu, Pool, Real,
+            gemm::gemm_on,
+            math::vectorize,
+            parallel::{RowsMut, scratch as scratch_of_thread},
+        },
     },
 };
+use half::bf16;
 
 /// One matrix to update.
 pub struct MuonMatrix<'a, B: Backend> {
@@ -20,10 +29,12 @@ pub struct MuonMatrix<'a, B: Backend> {
     pub weight: Mut<'a, B>,
     /// Its master copy, if it is another tensor.
     pub master: Option<Mut<'a, B>>,
-    /// First moment.
+    /// First moment, in the type that it is computed in or in bf16 ([`super::stochastic`]).
     pub first: Mut<'a, B>,
     /// Gradient.
     pub gradient: Ref<'a, B>,
+    /// Place of its first element in the arena.
+    pub offset: usize,
     /// Output features.
     pub rows: usize,
     /// Input features.
@@ -77,16 +88,17 @@ impl<F: Real> Muon for Cpu<F> {
         scalars: Ref<'_, Self>,
     ) {
         assert!(matrix.master.is_none(), "on a CPU the weights are their own master copy");
-        let MuonMatrix { weight, first, gradient, rows, columns, settings, .. } = matrix;
-        let (weight, first) = (weight.into_slice::<F>(), first.into_slice::<F>());
+        let MuonMatrix { weight, first, gradient, offset, rows, columns, settings, .. } = matrix;
+        let weight = weight.into_slice::<F>();
         let partial = &mut partial.into_slice::<f64>()[0];
         let Some(step) = Step::read(scalars.as_slice()) else { return *partial = 0.0 };
         let (x, rest) = scratch.into_slice::<F>().split_at_mut(rows * columns);
         let (y, squares) = rest.split_at_mut(x.len());
-        if gradient.dtype() == F::DTYPE {
-            add_momentum(self.pool(), x, first, gradient.as_slice::<F>(), step.factor);
-        } else {
-            add_momentum(self.pool(), x, first, gradient.as_slice::<f64>(), step.factor);
+        match (gradient.dtype() == F::DTYPE, first.dtype() == DType::BF16) {
+            (true, false) => add_momentum::<F, F, F>(self.pool(), x, first, gradient, step, offset),
+            (true, true) => add_momentum::<F, bf16, F>(self.pool(), x, first, gradient, step, offset),
+            (false, false) => add_momentum::<F, F, f64>(self.pool(), x, first, gradient, step, offset),
+            (false, true) => add_momentum::<F, bf16, f64>(self.pool(), x, first, gradient, step, offset),
         }
         normalise(self.pool(), x, settings.eps);
         let update = orthogonalise(self.pool(), x, y, squares, rows, columns);
@@ -96,15 +108,26 @@ impl<F: Real> Muon for Cpu<F> {
 }
 
 /// m ← 0.95 m + factor · gradient; u = factor · gradient + 0.95 m.
-fn add_momentum<F: Real, G: Real>(pool: &Pool, u: &mut [F], m: &mut [F], gradient: &[G], factor: f64) {
+fn add_momentum<F: Real, M: Moment, G: Real>(
+    pool: &Pool,
+    u: &mut [F],
+    first: Mut<'_, Cpu<F>>,
+    gradient: Ref<'_, Cpu<F>>,
+    step: Step,
+    offset: usize,
+) {
+    let (first, gradient) = (first.into_slice::<M>(), gradient.as_slice::<G>());
     assert_eq!(gradient.len(), u.len());
-    let (factor, momentum) = (F::from_f64(factor), F::from_f64(MOMENTUM));
-    pool.for_rows((RowsMut::new(u, 1), RowsMut::new(m, 1)), TASK, |range, (u, m)| {
+    let (factor, momentum) = (F::from_f64(step.factor), F::from_f64(MOMENTUM));
+    pool.for_rows((RowsMut::new(u, 1), RowsMut::new(first, 1)), TASK, |range, (u, first)| {
+        let (mut words, start) = (Words::new(step.time), (offset + range.start) as u64);
         vectorize!({
-            for ((u, m), g) in u.iter_mut().zip(m).zip(&gradient[range]) {
+            for (((u, first), g), element) in u.iter_mut().zip(first).zip(&gradient[range]).zip(start..) {
                 let g = factor * F::from_f64(g.to_f64());
-                *m = momentum * *m + g;
-                *u = g + momentum * *m;
+                let m = momentum * F::from_f64(first.value()) + g;
+                *u = g + momentum * m;
+                let bits = if M::RANDOM { stochastic::bits(words.of(element), 0) } else { 0 };
+                *first = M::keep(m.to_f64(), bits);
             }
         });
     });

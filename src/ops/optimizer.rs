@@ -6,11 +6,17 @@ mod cuda;
 use super::{
     pieces::{Pieces, RowSettings, for_pieces},
     scalars::Scalar,
+    stochastic::{self, Moment, Words},
 };
-use crate::backend::{
-    Backend, Mut, Ref,
-    cpu::{Cpu, Real, math::vectorize},
+use crate::{
+    DType,
+    backend::{
+        Backend, Mut, Ref,
+        cpu::{Cpu, Pool, Real, math::vectorize},
+    },
 };
+use bytemuck::Zeroable;
+use half::bf16;
 use serde::{Deserialize, Serialize};
 
 /// An elementwise rule with its constants. g is the gradient times [`super::scalars::Scalar::Factor`], lr the
@@ -49,7 +55,8 @@ pub enum Method {
     },
 }
 
-/// The arenas that an update reads and writes, all laid out alike.
+/// The arenas that an update reads and writes, all laid out alike. Moments are of the type that they are computed in, or
+/// bf16 ([`super::stochastic`]); all of one type. Gradients may be of another type than weights.
 pub struct Arenas<'a, B: Backend> {
     /// Weights that the forward pass reads.
     pub weights: Mut<'a, B>,
@@ -91,25 +98,38 @@ impl<F: Real> Optimizer for Cpu<F> {
         assert!(arenas.master.is_none(), "on a CPU the weights are their own master copy");
         let partials = partials.into_slice::<f64>();
         let Some(step) = Step::read(scalars.as_slice()) else { return partials.fill(0.0) };
-        let gradients = arenas.gradients;
-        let arenas = [arenas.weights.into_slice(), slice(arenas.first), slice(arenas.second), slice(arenas.maximum)];
-        for_pieces(self.pool(), &pieces.list, arenas, partials, |piece, arenas| {
-            let row = &pieces.rows[piece.row as usize];
-            let gradients = gradients.slice(piece.range());
-            if row.muon != 0 {
-                return 0.0;
-            }
-            vectorize!(match gradients.dtype() == F::DTYPE {
-                true => method.update(row, step, arenas, gradients.as_slice::<F>()),
-                false => method.update(row, step, arenas, gradients.as_slice::<f64>()),
-            })
-        });
+        let half = arenas.first.as_ref().is_some_and(|first| first.dtype() == DType::BF16);
+        if half {
+            update::<F, bf16>(self.pool(), arenas, partials, step, pieces, method);
+        } else {
+            update::<F, F>(self.pool(), arenas, partials, step, pieces, method);
+        }
     }
 }
 
-/// The elements; none where there is no such arena.
-fn slice<F: Real>(arena: Option<Mut<'_, Cpu<F>>>) -> &mut [F] {
-    arena.map_or(&mut [], Mut::into_slice)
+/// The update with moments that are kept as `M`.
+fn update<F: Real, M: Moment>(
+    pool: &Pool,
+    arenas: Arenas<'_, Cpu<F>>,
+    partials: &mut [f64],
+    step: Step,
+    pieces: &Pieces<Cpu<F>>,
+    method: Method,
+) {
+    let gradients = arenas.gradients;
+    let moments = [arenas.first, arenas.second, arenas.maximum];
+    let moments = moments.map(|arena| arena.map_or(&mut [][..], Mut::into_slice::<M>));
+    for_pieces(pool, &pieces.list, arenas.weights.into_slice::<F>(), moments, partials, |piece, weights, moments| {
+        let row = &pieces.rows[piece.row as usize];
+        let (gradients, element) = (gradients.slice(piece.range()), pieces.origin + piece.offset);
+        if row.muon != 0 {
+            return 0.0;
+        }
+        vectorize!(match gradients.dtype() == F::DTYPE {
+            true => method.update(element, row, step, weights, moments, gradients.as_slice::<F>()),
+            false => method.update(element, row, step, weights, moments, gradients.as_slice::<f64>()),
+        })
+    });
 }
 
 /// What an update reads of [`super::scalars`].
@@ -117,7 +137,8 @@ fn slice<F: Real>(arena: Option<Mut<'_, Cpu<F>>>) -> &mut [F] {
 pub(super) struct Step {
     /// The schedule's learning rate.
     pub(super) lr: f64,
-    time: f64,
+    /// The optimizer's step count.
+    pub(super) time: f64,
     /// Factor on gradients.
     pub(super) factor: f64,
 }
@@ -137,14 +158,22 @@ impl Step {
 impl Method {
     /// Updates elements of one row; Σ of squared changes. Constants are taken in f64 and rounded once.
     #[inline(always)]
-    fn update<F: Real, G: Real>(self, row: &RowSettings, step: Step, arenas: [&mut [F]; 4], gradients: &[G]) -> f64 {
-        let [weights, first, second, maximum] = arenas;
+    fn update<F: Real, M: Moment, G: Real>(
+        self,
+        element: u64,
+        row: &RowSettings,
+        step: Step,
+        weights: &mut [F],
+        [first, second, maximum]: [&mut [M]; 3],
+        gradients: &[G],
+    ) -> f64 {
         let c = F::from_f64;
         let rate = step.lr * row.lr;
         let (lr, decay, shrink, eps) = (c(rate), c(row.decay), c(rate * row.decay), c(row.eps));
-        let sweep = Sweep { weights, gradients, factor: c(step.factor) };
+        let words = Words::new(step.time);
+        let sweep = Sweep { weights, gradients, factor: c(step.factor), words, offset: element };
         match self {
-            Self::Sgd { momentum: 0.0, .. } => sweep.run(
+            Self::Sgd { momentum: 0.0, .. } => sweep.run::<M, 0>(
                 [],
                 #[inline(always)]
                 |w, [], g| (w - lr * (g + decay * w), []),
@@ -248,12 +277,19 @@ struct Sweep<'a, F, G> {
     weights: &'a mut [F],
     gradients: &'a [G],
     factor: F,
+    /// What rounds moments, and the first element's place in the arena.
+    words: Words,
+    offset: u64,
 }
 
 impl<F: Real, G: Real> Sweep<'_, F, G> {
-    /// Replaces weights and M moments by what `rule(weight, moments, gradient)` says; Σ of squared changes.
+    /// Replaces weights and N moments by what `rule(weight, moments, gradient)` says; Σ of squared changes.
     #[inline(always)]
-    fn run<const M: usize>(self, moments: [&mut [F]; M], rule: impl Fn(F, [F; M], F) -> (F, [F; M])) -> f64 {
+    fn run<M: Moment, const N: usize>(
+        mut self,
+        moments: [&mut [M]; N],
+        rule: impl Fn(F, [F; N], F) -> (F, [F; N]),
+    ) -> f64 {
         let len = self.weights.len();
         assert!(self.gradients.len() == len && moments.iter().all(|m| m.len() == len), "arenas are laid out alike");
         let mut changes = [0.0; LANES];
@@ -262,25 +298,31 @@ impl<F: Real, G: Real> Sweep<'_, F, G> {
             // The last block is filled up with zeros, so that there is one loop, of a fixed length.
             let mut w = load(&self.weights[start..end]);
             let g = load(&self.gradients[start..end]);
-            let mut m = [[F::ZERO; LANES]; M];
-            for k in 0..M {
+            let mut m = [[M::zeroed(); LANES]; N];
+            for k in 0..N {
                 m[k] = load(&moments[k][start..end]);
             }
+            let mut words = [0; LANES];
+            if M::RANDOM && N > 0 {
+                for (word, element) in words.iter_mut().zip(self.offset + start as u64..) {
+                    *word = self.words.of(element);
+                }
+            }
             for lane in 0..LANES {
-                let mut old = [F::ZERO; M];
-                for k in 0..M {
-                    old[k] = m[k][lane];
+                let mut old = [F::ZERO; N];
+                for k in 0..N {
+                    old[k] = F::from_f64(m[k][lane].value());
                 }
                 let (weight, new) = rule(w[lane], old, self.factor * F::from_f64(g[lane].to_f64()));
-                for k in 0..M {
-                    m[k][lane] = new[k];
+                for k in 0..N {
+                    m[k][lane] = M::keep(new[k].to_f64(), stochastic::bits(words[lane], k));
                 }
                 let change = (weight - w[lane]).to_f64();
                 changes[lane] += change * change;
                 w[lane] = weight;
             }
             store(&mut self.weights[start..end], &w);
-            for k in 0..M {
+            for k in 0..N {
                 store(&mut moments[k][start..end], &m[k]);
             }
         }
@@ -289,8 +331,8 @@ impl<F: Real, G: Real> Sweep<'_, F, G> {
 }
 
 #[inline(always)]
-fn load<F: Real>(x: &[F]) -> [F; LANES] {
-    let mut block = [F::ZERO; LANES];
+fn load<T: Copy + Zeroable>(x: &[T]) -> [T; LANES] {
+    let mut block = [T::zeroed(); LANES];
     // A length that the compiler knows makes registers of the block; so in `store`.
     if x.len() == LANES {
         block.copy_from_slice(x)
@@ -301,7 +343,7 @@ fn load<F: Real>(x: &[F]) -> [F; LANES] {
 }
 
 #[inline(always)]
-fn store<F: Real>(x: &mut [F], block: &[F; LANES]) {
+fn store<T: Copy>(x: &mut [T], block: &[T; LANES]) {
     let len = x.len();
     if len == LANES { x.copy_from_slice(block) } else { x.copy_from_slice(&block[..len]) }
 }

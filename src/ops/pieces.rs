@@ -50,6 +50,8 @@ pub struct RowSettings {
 pub struct Pieces<B: Backend> {
     /// The pieces, in arena order.
     pub list: Vec<Piece>,
+    /// Element of the table's arena that their offsets count from: 0, but where an op is given a part of it.
+    pub origin: u64,
     /// Settings of every row of the table.
     pub rows: Vec<RowSettings>,
     /// `list` as bytes on the device.
@@ -79,18 +81,19 @@ impl<B: Backend> Pieces<B> {
     pub fn new(backend: &B, list: Vec<Piece>, rows: Vec<RowSettings>) -> Result<Self> {
         let device_list = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&list))?;
         let device_rows = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&rows))?;
-        Ok(Self { list, rows, device_list, device_rows })
+        Ok(Self { list, origin: 0, rows, device_list, device_rows })
     }
 }
 
-/// Calls `work(piece, its elements of each arena)` for all pieces, which are in arena order and do not overlap, and puts
-/// what it returns into `partials`, one for each piece. An arena that is not there is empty.
-pub(crate) fn for_pieces<T: Send>(
+/// Calls `work(piece, its elements of the weights, and of each moment)` for all pieces, which are in arena order and do
+/// not overlap, and puts what it returns into `partials`, one for each piece. An arena that is not there is empty.
+pub(crate) fn for_pieces<T: Send, M: Send>(
     pool: &Pool,
     pieces: &[Piece],
-    mut arenas: [&mut [T]; 4],
+    mut weights: &mut [T],
+    mut moments: [&mut [M]; 3],
     partials: &mut [f64],
-    work: impl Fn(&Piece, [&mut [T]; 4]) -> f64 + Sync,
+    work: impl Fn(&Piece, &mut [T], [&mut [M]; 3]) -> f64 + Sync,
 ) {
     assert_eq!(partials.len(), pieces.len());
     let per_task = pieces.len().div_ceil(TASKS).max(1);
@@ -98,18 +101,20 @@ pub(crate) fn for_pieces<T: Send>(
     let mut tasks = Vec::with_capacity(TASKS);
     for (pieces, partials) in pieces.chunks(per_task).zip(partials.chunks_mut(per_task)) {
         let range = pieces[0].range().start..pieces[pieces.len() - 1].range().end;
-        let part = arenas.each_mut().map(|arena| cut_off(arena, range.start - end, range.len()));
+        let (skip, len) = (range.start - end, range.len());
+        let part = moments.each_mut().map(|arena| cut_off(arena, skip, len));
         end = range.end;
-        tasks.push(Mutex::new((part, pieces, partials)));
+        tasks.push(Mutex::new((cut_off(&mut weights, skip, len), part, pieces, partials)));
     }
     pool.for_tasks(tasks.len(), |i| {
         let mut task = tasks[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (arenas, pieces, partials) = &mut *task;
+        let (weights, moments, pieces, partials) = &mut *task;
         let mut end = pieces[0].range().start;
         for (piece, partial) in pieces.iter().zip(&mut **partials) {
-            let elements = arenas.each_mut().map(|a| cut_off(a, piece.range().start - end, piece.range().len()));
+            let (skip, len) = (piece.range().start - end, piece.range().len());
+            let elements = moments.each_mut().map(|arena| cut_off(arena, skip, len));
             end = piece.range().end;
-            *partial = work(piece, elements);
+            *partial = work(piece, cut_off(weights, skip, len), elements);
         }
     });
 }
@@ -171,9 +176,11 @@ mod tests {
         let mut arena: Vec<u32> = (0..pieces.len() as u32 * 10 + 5).collect();
         let mut partials = vec![f64::NAN; pieces.len()];
         let pool = Pool::new(2).unwrap();
-        for_pieces(&pool, &pieces, [&mut arena, &mut [], &mut [], &mut []], &mut partials, |piece, [x, absent, ..]| {
+        let mut bytes: Vec<u8> = arena.iter().map(|&i| i as u8).collect();
+        let moments = [&mut bytes[..], &mut [], &mut []];
+        for_pieces(&pool, &pieces, &mut arena, moments, &mut partials, |piece, x, [bytes, absent, _]| {
             assert_eq!(x.iter().map(|&i| i as usize).collect::<Vec<_>>(), piece.range().collect::<Vec<_>>());
-            assert!(absent.is_empty());
+            assert!(absent.is_empty() && bytes.iter().zip(&*x).all(|(&byte, &i)| byte == i as u8));
             x.fill(0);
             f64::from(piece.row)
         });

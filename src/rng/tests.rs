@@ -48,6 +48,25 @@ fn an_element_does_not_depend_on_the_cut() {
     assert_eq!(bits(&normals(1, "w", u64::MAX - 9, 10))[9], bits(&normals(1, "w", u64::MAX, 1))[0]);
 }
 
+/// Neighbours share blocks, four to each; a single draw is the first two words of one.
+#[test]
+fn neighbours_have_the_words_of_blocks() {
+    let stream = Stream::new(5, "neighbours");
+    let mut draws = stream.rng();
+    for group in 0..3 {
+        for words in stream.neighbours(group).chunks(4) {
+            assert_eq!(u64::from(words[0]) | u64::from(words[1]) << 32, draws.next_u64());
+        }
+    }
+    // Element 4 b + w has word w.
+    let of_block = KNOWN[2].2;
+    let stream = Stream { seed: 0x299f_31d0_a409_3822, name: 0x0370_7344_1319_8a2e };
+    let block: u64 = 0x85a3_08d3_243f_6a88;
+    let words = stream.neighbours(block / 16);
+    let at = (block % 16 * 4) as usize;
+    assert_eq!(words[at..at + 4], of_block);
+}
+
 #[test]
 fn seeds_and_names_give_other_numbers() {
     let base = normals(1, "w", 0, 64);

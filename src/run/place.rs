@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, Precision, Recording, Reduction},
+    config::{Config, Device, KeptIn, Precision, Recording, Reduction},
     ops::Ops,
 };
 
@@ -18,6 +18,10 @@ pub struct Place {
     pub device: Device,
     /// Type of activations and of the weights that they are computed from.
     pub precision: Precision,
+    /// Type of the gradients of a micro-batch.
+    pub gradients: KeptIn,
+    /// Type of moments.
+    pub moments: KeptIn,
     /// CPU threads; 0: all cores.
     pub threads: usize,
     /// On a GPU, launch every kernel by itself.
@@ -45,8 +49,8 @@ impl Place {
         if threads == 0 && local > 1 {
             threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
-        let eager = graph == Recording::None;
-        let place = Self { device, precision, threads, eager, autotune, ordinal: 0 };
+        let (eager, gradients, moments) = (graph == Recording::None, config.memory.gradients, config.memory.moments);
+        let place = Self { device, precision, gradients, moments, threads, eager, autotune, ordinal: 0 };
         if !place.on_gpu()? {
             if config.comm.reduction == Reduction::Bf16 {
                 let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
@@ -70,8 +74,19 @@ impl Place {
         if self.on_gpu()? {
             return work.on(self.gpu()?);
         }
+        if self.gradients == KeptIn::Bf16 {
+            let why = "is for GPUs: use f32 on a CPU (--set memory.gradients=f32), or --device cuda";
+            return Err(Error::config("memory.gradients", "bf16", why));
+        }
         match self.precision {
-            Precision::Auto | Precision::F32 => work.on(Cpu::<f32>::new(self.threads)?),
+            Precision::Auto | Precision::F32 => {
+                work.on(Cpu::<f32>::new(self.threads)?.with_moments(self.moments.dtype()))
+            }
+            Precision::F64 if self.moments == KeptIn::Bf16 => {
+                let why =
+                    "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
+                Err(Error::config("memory.moments", "bf16", why))
+            }
             Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
             Precision::Bf16 => {
                 Err(Error::config("precision", "bf16", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda"))
@@ -88,8 +103,13 @@ impl Place {
                 return Err(Error::config("precision", "f64", "is for the CPU: use --device cpu, or bf16 or f32"));
             }
         };
+        let (gradient, moment) = (self.gradients.dtype(), self.moments.dtype());
+        if gradient == DType::BF16 && compute != DType::BF16 {
+            let why = "goes with precision bf16: products of f32 give f32 only; set it to f32, or precision to bf16";
+            return Err(Error::config("memory.gradients", "bf16", why));
+        }
         let Self { ordinal, eager, autotune, .. } = self;
-        Cuda::new(cuda::Options { ordinal, compute, eager, autotune })
+        Cuda::new(cuda::Options { ordinal, compute, gradient, moment, eager, autotune })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an

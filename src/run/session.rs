@@ -7,7 +7,7 @@ use super::{
     saving::{self, Saved, Saver},
 };
 use crate::{
-    Error, Result,
+    DType, Error, Result,
     checkpoint::{CONFIG, STATE, Store, Writer},
     comm::environment::World,
     config::{Config, OnNan},
@@ -217,14 +217,24 @@ impl<B: Ops> Session<B> {
                 "clipping at {} by the {:?} norm; recompute {}",
                 self.config.optimizer.clip, self.config.optimizer.clip_norm, self.trainer.recompute
             ),
+            self.types(),
             format!("memory:\n{}", self.trainer.plan),
         ];
+        let sharding = self.trainer.sharding();
         if world.world > 1 {
             self.say(&world.to_string());
         }
-        for line in lines.into_iter().chain(self.saver.describe()) {
+        for line in lines.into_iter().chain(sharding).chain(self.saver.describe()) {
             self.say(&line);
         }
+    }
+
+    /// What gradients and moments are kept in.
+    fn types(&self) -> String {
+        let backend = &self.trainer.backend;
+        let (gradient, sums, moment) = (backend.gradient(), backend.reduction(), backend.moment());
+        let rounded = if moment == DType::BF16 { ", rounded stochastically" } else { "" };
+        format!("gradients {gradient}, sums of them {sums}; moments {moment}{rounded}")
     }
 
     fn say(&mut self, line: &str) {

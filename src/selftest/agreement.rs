@@ -55,6 +55,14 @@ impl<'a> Agreement<'a> {
         rounding(self.cuda.compute())
     }
 
+    /// The error of rounding a sum in f32 to the device's type of gradients, relatively.
+    pub fn gradient_rounding(&self) -> f64 {
+        match self.cuda.gradient() {
+            DType::F32 => 0.0,
+            narrow => rounding(narrow) * 1.01,
+        }
+    }
+
     /// Fixed pseudo-random numbers, normal with this deviation, that the device's compute type holds exactly.
     pub fn normal(&self, seed: u64, len: usize, deviation: f64) -> Vec<f64> {
         let mut drawn = vec![0.0f32; len];

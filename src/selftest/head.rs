@@ -118,7 +118,7 @@ impl Bounds {
 }
 
 pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
-    let real = agreement.rounding();
+    let (real, gradient) = (agreement.rounding(), agreement.gradient_rounding());
     // The last one takes two chunks of tokens.
     let shapes = [
         [7, 5, 11, 64],
@@ -137,8 +137,8 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
         let rounded = |bound: &[f64], i: usize, value: f64| bound[i] + real * 1.01 * value.abs();
         agreement.compare(name("losses"), &got[0], &wanted[0], |i| bounds.losses[i]);
         agreement.compare(name("dx"), &got[1], &wanted[1], |i| rounded(&bounds.dx, i, wanted[1][i]));
-        agreement.compare(name("dweight"), &got[2], &wanted[2], |i| bounds.dweight[i]);
-        agreement.compare(name("dbias"), &got[3], &wanted[3], |i| bounds.dbias[i]);
+        agreement.compare(name("dweight"), &got[2], &wanted[2], |i| bounds.dweight[i] + gradient * wanted[2][i].abs());
+        agreement.compare(name("dbias"), &got[3], &wanted[3], |i| bounds.dbias[i] + gradient * wanted[3][i].abs());
         agreement.compare(name("losses alone"), &got[4], &got[0], |_| 0.0);
         agreement.compare(name("logits"), &got[5], &wanted[5], |i| bounds.logits[i]);
     }

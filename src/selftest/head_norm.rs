@@ -59,7 +59,8 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
         for (what, got, wanted, heads) in [("dq_gain", &dq, &wanted[3], group), ("dk_gain", &dk, &wanted[4], 1)] {
             let terms = (rows * kv_heads * heads) as f64;
             let bound = (terms + 2.0 * roundings) * f32_rounding * (terms + 16.0);
-            agreement.compare(name(what), got, wanted, |_| bound);
+            let gradient = agreement.gradient_rounding();
+            agreement.compare(name(what), got, wanted, |i| bound + gradient * wanted[i].abs());
         }
     }
     copies(agreement)

@@ -34,10 +34,11 @@ pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
         // Operands are exact. A sum of k products of normal numbers: its size is about √k, and f32's partial sums are
         // rounded k times; the result once more, to its type.
         let sums = [inputs, outputs, rows, rows];
-        let types = [agreement.rounding(), agreement.rounding(), 0.0, 0.0];
+        let (real, gradient) = (agreement.rounding() * 1.01, agreement.gradient_rounding());
+        let types = [real, real, gradient, gradient];
         for (i, name) in ["y", "dx", "dweight", "dbias"].into_iter().enumerate() {
             let k = sums[i] as f64;
-            let bound = |j: usize| types[i] * wanted[i][j].abs() * 1.01 + 2f64.powi(-24) * (k + 1.0) * 4.0 * k.sqrt();
+            let bound = |j: usize| types[i] * wanted[i][j].abs() + 2f64.powi(-24) * (k + 1.0) * 4.0 * k.sqrt();
             let name = format!("linear {name} {rows} x {inputs} -> {outputs}");
             agreement.compare(name, &got[i], &wanted[i], bound);
         }

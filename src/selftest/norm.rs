@@ -139,8 +139,9 @@ fn compare(agreement: &mut Agreement, case: &Case) -> Result<()> {
     // Sums over rows, of terms that are under 1 in the mean and under 36; a normalised element has errors of its own.
     let (terms, own) = (rows as f64, 2.0 * additions);
     let bound = (terms + own) * f32_rounding * (terms + 36.0);
-    agreement.compare(name("dgain"), &dgain, &wanted[3], |_| bound);
-    agreement.compare(name("dbias"), &dbias, &wanted[4], |_| bound);
+    let gradient = agreement.gradient_rounding();
+    agreement.compare(name("dgain"), &dgain, &wanted[3], |i| bound + gradient * wanted[3][i].abs());
+    agreement.compare(name("dbias"), &dbias, &wanted[4], |i| bound + gradient * wanted[4][i].abs());
     Ok(())
 }
 

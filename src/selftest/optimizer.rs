@@ -1,4 +1,4 @@
-//! Elementwise optimizers: the bits of the CPU's f32, whatever the working weights are.
+//! Elementwise optimizers: the bits of the CPU's f32, whatever the working weights are and moments are kept in.
 
 use super::agreement::{Agreement, get, put, round};
 use crate::{
@@ -101,7 +101,8 @@ fn run<B: Optimizer>(backend: &B, inputs: &Inputs, method: Method) -> Result<[Ve
 }
 
 pub(super) fn check(agreement: &mut Agreement) -> Result<()> {
-    let (cpu, inputs, compute) = (Cpu::<f32>::new(0)?, Inputs::new(agreement), agreement.cuda().compute());
+    let (inputs, compute) = (Inputs::new(agreement), agreement.cuda().compute());
+    let cpu = Cpu::<f32>::new(0)?.with_moments(agreement.cuda().moment());
     for (name, method) in METHODS {
         let [state, weights, sums] = run(agreement.cuda(), &inputs, method)?;
         let [wanted, wanted_weights, wanted_sums] = run(&cpu, &inputs, method)?;

@@ -1,21 +1,23 @@
 //! ZeRO stage 1 (arXiv 1910.02054): each rank updates a part of the weights, and has master weights and moments of that
 //! part alone. It gets the sum of the gradients of its part, and the others get what it makes of it.
 
+use super::Trainer;
 use crate::{
     DType, Result,
     backend::{ALIGNMENT, Mut, Stream, Tensor},
     comm::{Collective, Comm, Ticket},
-    model::{Arriving, param::Table},
+    machine::size,
+    model::{Arriving, param::Table, plan::Plan},
     ops::{
         Ops,
         pieces::{self, Pieces, RowSettings},
     },
-    state::common,
+    state::{State, common},
 };
 use std::{cell::RefCell, mem::take, ops::Range};
 
-/// Elements that an elementwise optimizer updates while Muon updates one of a matrix whose smaller side is this long: on
-/// an H100, about 28 bytes of memory traffic for each against the 27 operations for each unit of the smaller side.
+/// Muon takes as long for an element as elementwise optimizers, times the smaller side of its matrix by this one: on an
+/// H100, about 28 bytes of memory traffic for each against the 27 operations for each unit of the smaller side.
 const MUON_SIDE: usize = 200;
 
 /// Who updates what: a contiguous part of the arena for each rank, or all of it on every rank.
@@ -68,7 +70,7 @@ impl Shards {
         sums: &mut Tensor<B>,
         memory: Option<(Mut<'_, B>, DType)>,
     ) -> Result<Vec<Sum<B>>> {
-        let mut wire = memory.map(|(memory, dtype)| memory.reuse(dtype));
+        let mut wire = memory.map(|(memory, dtype)| memory.retyped(dtype).slice(0..group.len()));
         if let Some(wire) = &mut wire {
             backend.accumulate(wire.reborrow(), sums.slice(group.clone()), false);
         }
@@ -87,6 +89,7 @@ impl Shards {
 
     /// Lets the compute stream go on with these sums.
     pub fn finish_sums<B: Ops>(
+        &self,
         backend: &B,
         comm: &dyn Comm<B>,
         under_way: Vec<Sum<B>>,
@@ -101,13 +104,15 @@ impl Shards {
                 continue;
             };
             let within = part.start - group.start..part.end - group.start;
-            let values = gradients.slice_mut(group.clone()).reuse(dtype).slice(within.clone());
+            let values = gradients.slice_mut(group.clone()).retyped(dtype).slice(within.clone());
             comm.finish(backend, Stream::Communication, ticket, values)?;
-            rounded.push((part, group, within, dtype));
+            if !self.are_many() || !common(&part, &self.of(comm.rank())).is_empty() {
+                rounded.push((part, group, within, dtype));
+            }
         }
         backend.wait(Stream::Compute, &backend.record(Stream::Communication));
         for (part, group, within, dtype) in rounded {
-            let values = gradients.slice_mut(group).reuse(dtype).slice(within);
+            let values = gradients.slice_mut(group).retyped(dtype).slice(within);
             backend.accumulate(sums.slice_mut(part), values.as_ref(), false);
         }
         Ok(())
@@ -209,7 +214,31 @@ impl<B: Ops> Own<B> {
         for piece in &mut list {
             piece.offset -= range.start as u64;
         }
-        Ok(Self { pieces: Pieces::new(backend, list, all.rows.clone())?, range, among })
+        let pieces = Pieces { origin: range.start as u64, ..Pieces::new(backend, list, all.rows.clone())? };
+        Ok(Self { pieces, range, among })
+    }
+}
+
+impl<B: Ops> Trainer<B> {
+    /// What this rank leaves to others, in words; None if nothing.
+    pub fn sharding(&self) -> Option<String> {
+        if !self.shards.are_many() {
+            return None;
+        }
+        let table = self.network.table();
+        let bytes = |owned: &Range<usize>| {
+            let mut plan = Plan::default();
+            State::plan_part(&self.backend, &mut plan, table, Some(&self.optimizer), owned.clone());
+            plan.bytes()
+        };
+        let (whole, owned) = (0..table.arena, &self.own.range);
+        Some(format!(
+            "ZeRO: of {} weights this rank updates {}; the others' master weights and moments would take {} more \
+             (comm.zero = false)",
+            table.arena,
+            owned.len(),
+            size(bytes(&whole) - bytes(owned)),
+        ))
     }
 }
 

@@ -26,7 +26,7 @@ impl<B: Ops> Trainer<B> {
         Ok(())
     }
 
-    /// The update where other ranks make the rest of it. Each has the partial sums of its own pieces and 0 for the others,
+    /// The update where other ranks make the rest of it. Each has partial sums of its own pieces and 0 for the others,
     /// which changes no sum over ranks, so norms are sums of the same numbers in the same order as in [`Self::update`].
     pub(super) fn update_part(&mut self) -> Result<()> {
         let pieces = 0..self.pieces.list.len();
@@ -45,7 +45,9 @@ impl<B: Ops> Trainer<B> {
 
     /// Partial sums for the norm of the gradients.
     fn norms(&mut self) {
-        let Self { backend, gradients, own, partials, .. } = self;
+        let Self { backend, gradients, sums, own, partials, .. } = self;
+        // Sums stay in the type that they are made in.
+        let gradients = sums.first().unwrap_or(gradients);
         let partials = partials.slice_mut(own.among.clone());
         backend.square_norms(partials, gradients.slice(own.range.clone()), &own.pieces);
     }
@@ -53,7 +55,8 @@ impl<B: Ops> Trainer<B> {
     /// From partial sums of the norm of the gradients to new weights, and partial sums for the norm of their change.
     fn change(&mut self) {
         let decision = self.decision();
-        let Self { backend, network, state, gradients, pieces, own, partials, muon_scratch, scalars, .. } = self;
+        let Self { backend, network, state, gradients, sums, pieces, own, partials, muon_scratch, scalars, .. } = self;
+        let gradients = sums.first().unwrap_or(gradients);
         backend.decide(scalars.view_mut(), partials.slice(0..pieces.list.len()), pieces, decision);
         if self.shards.are_many() {
             backend.zero(Stream::Compute, partials.view_mut());
@@ -109,6 +112,7 @@ fn muon_update<B: Ops>(
             weight: state.weights.slice_mut(values.clone()),
             master: state.master.as_mut().map(|m| m.slice_mut(kept.clone())),
             first: first.slice_mut(kept),
+            offset: values.start,
             gradient: gradients.slice(values),
             rows: row.axes[0].size(),
             columns: row.columns(),

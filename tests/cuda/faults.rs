@@ -43,6 +43,21 @@ fn heads_of_a_size_that_no_kernel_has() {
     refused(&emulated(&place, "eval wide data --device cuda", &[]), &["head_dim", "264", "256", "--device cpu"]);
 }
 
+/// Types that go with no precision or device.
+#[test]
+fn types_that_do_not_go_together() {
+    let place = Place::new();
+    let train = |sets: &str| format!("train -c run.toml --set run=gpu {sets}");
+    let gradients = "--set memory.gradients=bf16";
+    refused(&place.run(&train(&format!("--device cpu {gradients}"))), &["memory.gradients", "bf16", "--device cuda"]);
+    let said = place.run(&train("--device cpu --set precision=f64 --set memory.moments=bf16"));
+    refused(&said, &["memory.moments", "bf16", "f64"]);
+    let said = emulated(&place, &train(&format!("--device cuda --set precision=f32 {gradients}")), &[]);
+    refused(&said, &["memory.gradients", "precision"]);
+    refused(&place.run(&train("--set memory.moments=f16")), &["moments", "f16", "bf16"]);
+    assert!(!place.join("gpu").exists(), "a run folder was made");
+}
+
 /// What does not fit is told before the first step, with what would.
 #[test]
 fn out_of_memory() {

@@ -149,6 +149,53 @@ fn resumed_is_never_stopped() {
     }
 }
 
+/// Gradients and moments in bf16, with one micro-batch and with several, by elementwise rules and Muon: within bf16's band
+/// of the CPU; recorded, launched one by one, resumed: the same bits; the plan says what is saved.
+#[test]
+fn gradients_and_moments_in_bf16() {
+    let place = Place::new();
+    for (name, model, micro_batches, optimizer) in
+        [("adamw", GPT2, 1, "kind = 'adamw'\nlr = 0.003"), ("muon", LLAMA, 2, "kind = 'muon'\nlr = 0.003")]
+    {
+        let sections = format!(
+            "[checkpoint]\nevery = 12\nkeep_last = 0\n[batch]\nsize = 4\nmicro_batches = {micro_batches}\n\
+             [optimizer]\n{optimizer}\nclip = 1.0\n[model]\n{model}"
+        );
+        config(&place, name, "steps = 20", &sections);
+        place.ok(&format!("train -c {name}.toml --device cpu --set run={name}-cpu"));
+        let narrow = "--device cuda --set memory.gradients=bf16 --set memory.moments=bf16";
+        let train = |run: &str, sets: &str| {
+            emulated_ok(&place, &format!("train -c {name}.toml --set run={name}-{run} {narrow} {sets}"), &[])
+        };
+        let said = train("half", "").out;
+        assert!(said.contains("gradients bf16, sums of them f32; moments bf16, rounded stochastically"), "{said}");
+        for planned in ["bf16  gradients", "bf16  first moments"] {
+            assert!(said.contains(planned), "{planned} is not in {said}");
+        }
+        assert_eq!(said.contains("f32   gradient sums"), micro_batches > 1, "{said}");
+        let curve = |kind: &str| losses(&place, &format!("{name}-{kind}"));
+        let (cpu, half) = (curve("cpu"), curve("half"));
+        let gap = apart(&cpu, &half, 20);
+        // As `training_is_the_cpus`; a gradient and a moment are rounded once more, in either direction.
+        assert!(gap < 2f64.powi(-8) * cpu[0] * 2.0 && cpu[0] - cpu[19] > 0.05, "{name}: {gap}, {cpu:?}\n{half:?}");
+
+        let run = format!("{name}-half");
+        let (whole, stored) = (essence(&place.join(&run), 20), moment_bytes(&place, &run));
+        emulated_ok(&place, &format!("train -c {name}.toml --set run={name}-plain --device cuda"), &[]);
+        assert!(stored < moment_bytes(&place, &format!("{name}-plain")) * 6 / 10, "moments take as much as in f32");
+        train("eager", "--set eager=true");
+        assert!(self::model(&place, &format!("{name}-eager"), 20) == self::model(&place, &run, 20), "eager differs");
+        fs::remove_dir_all(place.join(&format!("{run}/checkpoints/step-00000020"))).unwrap();
+        emulated_ok(&place, &format!("resume {run} --device cuda"), &[]);
+        assert!(essence(&place.join(&run), 20) == whole, "{name}: resuming differs");
+    }
+}
+
+/// Bytes of a run's moments.
+fn moment_bytes(place: &Place, run: &str) -> usize {
+    model(place, run, 20)[1].len()
+}
+
 /// Measured algorithms are kept with the run, and taken over by resuming.
 #[test]
 fn tuned_is_resumed_with_the_same_algorithms() {

@@ -8,12 +8,18 @@ use std::{fs, process::Command};
 /// accumulation, and a schedule that depends on the step.
 #[test]
 fn resumed_is_never_stopped() {
-    for (optimizer, precision) in [("adamw", "f32"), ("sgd", "f64"), ("muon", "f32"), ("lion", "f64")] {
+    for (optimizer, precision, moments) in [
+        ("adamw", "f32", "f32"),
+        ("sgd", "f64", "f32"),
+        ("muon", "f32", "f32"),
+        ("lion", "f64", "f32"),
+        ("muon", "f32", "bf16"),
+    ] {
         let place = Place::new();
         let keys = format!("steps=20\nprecision='{precision}'");
         let sections = format!(
-            "[batch]\nsize=2\nmicro_batches=2\n[optimizer]\nkind='{optimizer}'\nlr=0.01\n[schedule]\nkind='cosine'\n\
-             warmup=4\n[model]\n{MODEL_TOML}"
+            "[batch]\nsize=2\nmicro_batches=2\n[memory]\nmoments='{moments}'\n[optimizer]\nkind='{optimizer}'\nlr=0.01\n\
+             [schedule]\nkind='cosine'\nwarmup=4\n[model]\n{MODEL_TOML}"
         );
         place.train("whole", &keys, &sections).unwrap();
         place.train("parts", &keys, &format!("[checkpoint]\nevery=12\n{sections}")).unwrap();

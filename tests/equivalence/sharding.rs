@@ -126,6 +126,15 @@ fn parts_of_tensors_are_the_whole() {
     }
 }
 
+/// Moments in bf16 are rounded by an element's place in the whole arena.
+#[test]
+fn parts_round_as_the_whole() {
+    for (name, optimizer) in [OPTIMIZERS[4], OPTIMIZERS[7]] {
+        let config = config("arch='mlp'\nhidden=[300, 300]", optimizer, &["batch.micro_batches=4"]);
+        check(|| Cpu::<f32>::new(1).unwrap().with_moments(mupscale::DType::BF16), name, &config, &[3, 4]);
+    }
+}
+
 /// Who updates what is decided by cost; a matrix of Muon's is never cut, other tensors are.
 #[test]
 fn parts_are_balanced() {

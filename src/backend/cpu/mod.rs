@@ -29,10 +29,12 @@ pub(crate) use parallel::Pool;
 /// More threads than any machine has cores: starting many more would take minutes before the system refuses.
 const MAX_THREADS: usize = 4096;
 
-/// The CPU with compute type `F`: activations, weights, gradients and moments are `F`, sums over micro-steps `f64`.
+/// The CPU with compute type `F`: activations, weights, gradients and moments (unless asked otherwise) are `F`, sums over
+/// micro-steps `f64`.
 pub struct Cpu<F> {
     pool: Pool,
     allocated: Arc<AtomicUsize>,
+    moment: DType,
     compute: PhantomData<F>,
 }
 
@@ -45,7 +47,13 @@ impl<F: Real> Cpu<F> {
         }
         let pool = Pool::new(threads)
             .map_err(|error| Error::Device(format!("{threads} threads were refused ({error}); ask for fewer")))?;
-        Ok(Self { pool, allocated: Arc::default(), compute: PhantomData })
+        Ok(Self { pool, allocated: Arc::default(), moment: F::DTYPE, compute: PhantomData })
+    }
+
+    /// The same with moments in another type: bf16, rounded stochastically.
+    pub fn with_moments(self, moment: DType) -> Self {
+        assert!(moment == F::DTYPE || moment == DType::BF16, "moments of {moment}");
+        Self { moment, ..self }
     }
 
     /// The threads that ops run on.
@@ -127,7 +135,7 @@ impl<F: Real> Backend for Cpu<F> {
     }
 
     fn moment(&self) -> DType {
-        F::DTYPE
+        self.moment
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

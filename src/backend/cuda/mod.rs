@@ -9,8 +9,8 @@
 //!
 //! Calls enqueue work and return nothing: what fails is kept, and told by the next [`Backend::synchronize`], as a
 //! device's own faults are. The type of activations and working weights, f32 or bf16, is a value and no parameter of
-//! the type, so that the program is compiled for a GPU once. Statistics, parameter gradients, master weights and moments
-//! are f32 with either.
+//! the type, so that the program is compiled for a GPU once. Statistics and master weights are f32 with either, parameter
+//! gradients (of a micro-batch; sums of them are f32) and moments unless bf16 is asked for.
 #![allow(unsafe_code, reason = "allocates and copies through the driver")]
 
 pub mod driver;
@@ -55,6 +55,10 @@ pub struct Options {
     pub ordinal: u32,
     /// Type of activations and working weights: f32 or bf16.
     pub compute: DType,
+    /// Type of the gradients of parameters: f32, or bf16 where `compute` is.
+    pub gradient: DType,
+    /// Type of moments: f32, or bf16, rounded stochastically.
+    pub moment: DType,
     /// Launch every kernel by itself instead of replaying recorded steps.
     pub eager: bool,
     /// Measure the algorithms of matrix products instead of taking the library's word.
@@ -83,6 +87,9 @@ impl Cuda {
     /// Takes hold of a GPU: checks driver, GPU and libraries, and says what is missing.
     pub fn new(options: Options) -> Result<Self> {
         assert!(matches!(options.compute, DType::F32 | DType::BF16), "compute type {}", options.compute);
+        let gradients = [DType::F32, options.compute];
+        assert!(gradients.contains(&options.gradient), "gradients of {} beside {}", options.gradient, options.compute);
+        assert!(matches!(options.moment, DType::F32 | DType::BF16), "moments of {}", options.moment);
         let driver = driver::version()?;
         let properties = driver::properties(options.ordinal)?;
         if properties.capability < driver::OLDEST_GPU {
@@ -333,7 +340,7 @@ impl Backend for Cuda {
     }
 
     fn gradient(&self) -> DType {
-        DType::F32
+        self.options.gradient
     }
 
     fn reduction(&self) -> DType {
@@ -345,7 +352,7 @@ impl Backend for Cuda {
     }
 
     fn moment(&self) -> DType {
-        DType::F32
+        self.options.moment
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

@@ -7,6 +7,7 @@ use crate::{
         Backend, Mut, Ref, Stream,
         cuda::{Cuda, Launch, Teams, kernels},
     },
+    ops::convert::tag,
 };
 
 kernels! { "embedding":
@@ -16,13 +17,16 @@ kernels! { "embedding":
     );
     NAMED embedding_sort(order: Mut, starts: Mut, tokens: Ref, rows: u32, vocabulary: u32);
     NAMED embedding_windows(
-        dweight: Mut, partials: Mut, dx: Ref, tokens: Ref, order: Ref, rows: u32, window: u32, width: u32, scale: f32,
+        dweight: Mut, sum_type: u32, partials: Mut, dx: Ref, tokens: Ref, order: Ref,
+        rows: u32, window: u32, width: u32, scale: f32,
     );
     NAMED embedding_join(
-        dweight: Mut, partials: Ref, tokens: Ref, order: Ref, starts: Ref,
+        dweight: Mut, sum_type: u32, partials: Ref, tokens: Ref, order: Ref, starts: Ref,
         rows: u32, window: u32, width: u32, warps: u32, scale: f32,
     );
-    NAMED embedding_positions(dpositions: Mut, dx: Ref, rows: u64, sequence: u32, width: u32, warps: u32);
+    NAMED embedding_positions(
+        dpositions: Mut, sum_type: u32, dx: Ref, rows: u64, sequence: u32, width: u32, warps: u32,
+    );
 }
 
 /// Tokens of the vocabulary that a block of `embedding_sort` sorts, one a thread.
@@ -64,6 +68,9 @@ impl Embedding for Cuda {
     ) {
         let EmbeddingShape { rows, width, sequence, start, scale } = shape;
         assert!(dx.len() == rows * width && tokens.len() == rows && start == 0 && rows < i32::MAX as usize);
+        let known = |dtype| dtype == DType::F32 || dtype == DType::BF16 && self.compute() == DType::BF16;
+        assert!(known(dweight.dtype()), "sums in {}", dweight.dtype());
+        let sum_type = tag(dweight.dtype());
         let (vocabulary, pieces) = (dweight.len() / width, width.div_ceil(self.piece()));
         if !accumulate {
             self.zero(Stream::Compute, dweight.reborrow());
@@ -82,13 +89,15 @@ impl Embedding for Cuda {
         let (order, starts, launch) = (order.as_ref(), starts.as_ref(), Launch::pieces(windows, pieces));
         let (count, window, columns, scale) = (rows as u32, window as u32, width as u32, scale as f32);
         let (target, sums) = (dweight.reborrow(), partials.reborrow());
-        embedding_windows(self, launch, target, sums, dx, tokens, order, count, window, columns, scale);
+        embedding_windows(self, launch, target, sum_type, sums, dx, tokens, order, count, window, columns, scale);
         let teams = Teams::new(pieces, WARPS);
         let (launch, sums, warps) = (teams.launch(windows), partials.as_ref(), teams.warps as u32);
-        embedding_join(self, launch, dweight, sums, tokens, order, starts, count, window, columns, warps, scale);
+        embedding_join(
+            self, launch, dweight, sum_type, sums, tokens, order, starts, count, window, columns, warps, scale,
+        );
         if let Some(dpositions) = dpositions {
-            let launch = teams.launch(dpositions.len() / width);
-            embedding_positions(self, launch, dpositions, dx, rows as u64, sequence as u32, columns, warps);
+            let (launch, sum_type) = (teams.launch(dpositions.len() / width), tag(dpositions.dtype()));
+            embedding_positions(self, launch, dpositions, sum_type, dx, rows as u64, sequence as u32, columns, warps);
         }
     }
 }

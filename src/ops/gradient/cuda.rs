@@ -13,7 +13,7 @@ use crate::{
 kernels! { "gradient":
     PLAIN tally(scalars: Mut, losses: Ref, targets: Ref, rows: u64);
     PLAIN accumulate(target: Mut, target_type: u32, source: Ref, source_type: u32, len: u64, add: u32);
-    PLAIN square_norms(partials: Mut, gradients: Ref, pieces: Ref, rows: Ref);
+    PLAIN square_norms(partials: Mut, gradients: Ref, gradient_type: u32, pieces: Ref, rows: Ref);
     PLAIN decide(scalars: Mut, partials: Ref, pieces: Ref, count: u32, clip: f64, nominal: f64, halt: u32);
     PLAIN finish_update(scalars: Mut, partials: Ref, count: u32);
 }
@@ -37,10 +37,11 @@ impl Gradient for Cuda {
     }
 
     fn square_norms(&self, partials: Mut<'_, Self>, gradients: Ref<'_, Self>, pieces: &Pieces<Self>) {
-        assert!(gradients.dtype() == DType::F32 && partials.len() == pieces.list.len());
+        assert!(matches!(gradients.dtype(), DType::F32 | DType::BF16) && partials.len() == pieces.list.len());
         if !pieces.list.is_empty() {
-            let launch = Launch::blocks(pieces.list.len()).threads(THREADS);
-            square_norms(self, launch, partials, gradients, pieces.device_list.view(), pieces.device_rows.view());
+            let (launch, gradient_type) = (Launch::blocks(pieces.list.len()).threads(THREADS), tag(gradients.dtype()));
+            let (list, rows) = (pieces.device_list.view(), pieces.device_rows.view());
+            square_norms(self, launch, partials, gradients, gradient_type, list, rows);
         }
     }
 

@@ -8,7 +8,7 @@ use crate::{
         ALIGNMENT, Backend, Mut, Ref,
         cuda::{Cuda, Launch, Matrix, kernels},
     },
-    ops::linear::column_sums,
+    ops::{gradient::Gradient, linear::column_sums},
 };
 
 kernels! { "head":
@@ -37,10 +37,19 @@ fn logits_len(tokens: usize, shape: ReadoutShape) -> usize {
     (tokens * shape.padded).next_multiple_of(ALIGNMENT / 2)
 }
 
+/// Elements of a chunk's counted rows, rounded up likewise.
+fn counted_len(tokens: usize, shape: ReadoutShape) -> usize {
+    (tokens * shape.width).next_multiple_of(ALIGNMENT / 2)
+}
+
 impl Head for Cuda {
     fn cross_entropy_scratch(&self, shape: ReadoutShape) -> usize {
-        let tokens = chunk(shape, self.compute()).min(shape.rows);
-        logits_len(tokens, shape) + tokens * shape.width
+        let chunk = chunk(shape, self.compute());
+        let tokens = chunk.min(shape.rows);
+        // What several chunks give is summed in f32, whatever gradients are kept in.
+        let sums = self.gradient() != DType::F32 && chunk < shape.rows;
+        let sums = if sums { shape.padded * (shape.width + 1) * DType::F32.size() } else { 0 };
+        logits_len(tokens, shape) + counted_len(tokens, shape) + sums / self.compute().size()
     }
 
     fn cross_entropy(
@@ -54,9 +63,61 @@ impl Head for Cuda {
         targets: Ref<'_, Self>,
         shape: ReadoutShape,
     ) {
-        let (ReadoutShape { rows, width, padded, .. }, mut losses, mut gradients) = (shape, losses, gradients);
         let chunk = chunk(shape, self.compute());
-        let (mut logits, mut counted) = scratch.split(logits_len(chunk.min(rows), shape));
+        let tokens = chunk.min(shape.rows);
+        let (logits, rest) = scratch.split(logits_len(tokens, shape));
+        let (counted, sums) = rest.split(counted_len(tokens, shape));
+        let inputs = Inputs { x, weight, bias, targets, shape, chunk };
+        match gradients {
+            Some(gradients) if chunk < shape.rows && gradients.dweight.dtype() != DType::F32 => {
+                let ReadoutGradients { dx, dweight, dbias, scale } = gradients;
+                let (mut weights, biases) = sums.retyped(DType::F32).split(dweight.len());
+                let mut biases = dbias.as_ref().map(|dbias| biases.slice(0..dbias.len()));
+                let (of_weights, of_biases) = (weights.reborrow(), biases.as_mut().map(Mut::reborrow));
+                let summed = ReadoutGradients { dx, dweight: of_weights, dbias: of_biases, scale };
+                self.chunks(losses, Some(summed), logits, counted, inputs);
+                self.accumulate(dweight, weights.as_ref(), false);
+                if let (Some(dbias), Some(sums)) = (dbias, biases) {
+                    self.accumulate(dbias, sums.as_ref(), false);
+                }
+            }
+            gradients => self.chunks(losses, gradients, logits, counted, inputs),
+        }
+    }
+
+    fn logits(
+        &self,
+        logits: Mut<'_, Self>,
+        x: Ref<'_, Self>,
+        weight: Ref<'_, Self>,
+        bias: Option<Ref<'_, Self>>,
+        shape: ReadoutShape,
+    ) {
+        self.chunk_logits((logits, shape.classes), x, weight, bias, shape);
+    }
+}
+
+/// What is read, and how many tokens at a time.
+struct Inputs<'a> {
+    x: Ref<'a, Cuda>,
+    weight: Ref<'a, Cuda>,
+    bias: Option<Ref<'a, Cuda>>,
+    targets: Ref<'a, Cuda>,
+    shape: ReadoutShape,
+    chunk: usize,
+}
+
+impl Cuda {
+    /// Losses and gradients, chunk by chunk.
+    fn chunks(
+        &self,
+        mut losses: Mut<'_, Self>,
+        mut gradients: Option<ReadoutGradients<'_, Self>>,
+        mut logits: Mut<'_, Self>,
+        mut counted: Mut<'_, Self>,
+        Inputs { x, weight, bias, targets, shape, chunk }: Inputs<'_>,
+    ) {
+        let ReadoutShape { rows, width, padded, .. } = shape;
         for start in (0..rows).step_by(chunk) {
             let tokens = start..rows.min(start + chunk);
             let (x, targets) = (x.slice(tokens.start * width..tokens.end * width), targets.slice(tokens.clone()));
@@ -74,19 +135,6 @@ impl Head for Cuda {
         }
     }
 
-    fn logits(
-        &self,
-        logits: Mut<'_, Self>,
-        x: Ref<'_, Self>,
-        weight: Ref<'_, Self>,
-        bias: Option<Ref<'_, Self>>,
-        shape: ReadoutShape,
-    ) {
-        self.chunk_logits((logits, shape.classes), x, weight, bias, shape);
-    }
-}
-
-impl Cuda {
     /// The logits of as many classes as a row of them has elements.
     fn chunk_logits(
         &self,

@@ -7,10 +7,14 @@ use crate::{
         Backend, Mut, Ref, Stream,
         cuda::{Cuda, Launch, Matrix, kernels},
     },
+    ops::{convert::tag, stochastic},
 };
 
 kernels! { "muon":
-    NAMED muon_momentum(x: Mut, first: Mut, gradient: Ref, sums: Mut, scalars: Ref, len: u64, chunk: u64);
+    NAMED muon_momentum(
+        x: Mut, first: Mut, moment_type: u32, gradient: Ref, gradient_type: u32, sums: Mut, scalars: Ref,
+        rounding: u64, at: u64, len: u64, chunk: u64,
+    );
     NAMED muon_normalise(x: Mut, sums: Ref, count: u32, eps: f64, len: u64, chunk: u64);
     NAMED muon_apply(
         weight: Mut, master: Option<Mut>, x: Ref, sums: Mut, scalars: Ref, lr: f64, decay: f64, len: u64, chunk: u64,
@@ -31,16 +35,33 @@ impl Muon for Cuda {
         scratch: Mut<'_, Self>,
         scalars: Ref<'_, Self>,
     ) {
-        let MuonMatrix { weight, master, first, gradient, rows, columns, settings } = matrix;
+        let MuonMatrix { weight, master, first, gradient, offset, rows, columns, settings } = matrix;
         let len = rows * columns;
-        assert!(gradient.dtype() == DType::F32 && first.dtype() == DType::F32 && gradient.len() == len);
+        assert!(gradient.len() == len && first.len() == len);
+        self.assert_types(gradient.dtype(), Some(first.dtype()));
         assert!(master.is_some() || weight.dtype() == DType::F32, "weights of {} need a master copy", weight.dtype());
         let blocks = len.div_ceil(CHUNK).clamp(1, BLOCKS);
         let (launch, chunk) = (Launch::blocks(blocks), len.div_ceil(blocks) as u64);
         let (len, count) = (len as u64, blocks as u32);
         let (mut x, y, [a, b]) = parts(scratch, rows, columns);
         let mut sums = self.workspace(DType::F64, blocks);
-        muon_momentum(self, launch, x.reborrow(), first, gradient, sums.reborrow(), scalars, len, chunk);
+        let (moment_type, gradient_type) = (tag(first.dtype()), tag(gradient.dtype()));
+        let ([_, rounding], at, scratch) = (stochastic::stream(0.0).key(), offset as u64, x.reborrow());
+        muon_momentum(
+            self,
+            launch,
+            scratch,
+            first,
+            moment_type,
+            gradient,
+            gradient_type,
+            sums.reborrow(),
+            scalars,
+            rounding,
+            at,
+            len,
+            chunk,
+        );
         muon_normalise(self, launch, x.reborrow(), sums.as_ref(), count, settings.eps, len, chunk);
         let update = self.orthogonalise(x, y, a, b, [rows, columns]);
         let mut sums = self.workspace(DType::F64, blocks);

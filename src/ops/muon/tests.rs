@@ -32,6 +32,7 @@ fn run<F: Real>(threads: usize, weight: &[f64], shape: (usize, usize), gradients
             master: None,
             first: first.view_mut(),
             gradient: gradient.view(),
+            offset: 0,
             rows: shape.0,
             columns: shape.1,
             settings: SETTINGS,

@@ -7,6 +7,7 @@ use crate::{
         Mut, Ref,
         cuda::{Cuda, Launch, Teams, kernels, warps},
     },
+    ops::convert::tag,
 };
 
 kernels! { "norm":
@@ -23,7 +24,7 @@ kernels! { "norm":
         dx: Mut, partials: Mut, dy: Ref, x: Ref, statistics: Ref, sums: Option<Ref>, gain: Ref,
         rows: u64, rows_per_block: u32, warps: u32, width: u32, sides: u32, kind: u32, overwrite: u32,
     );
-    NAMED add_up(first: Mut, second: Option<Mut>, partials: Ref, count: u64, width: u32);
+    NAMED add_up(first: Mut, second: Option<Mut>, sum_type: u32, partials: Ref, count: u64, width: u32);
     NAMED norm_add(target: Mut, x: Ref, branch: Ref, n: u64, scale: f32);
     NAMED norm_scale(x: Mut, n: u64, scale: f32);
 }
@@ -139,7 +140,8 @@ fn number(kind: NormKind) -> u32 {
     }
 }
 
-/// Adds rows of partial sums, in order: `partials` is any number of rows × (`width` for `first`, as many for `second`).
+/// Adds rows of partial sums, in order: `partials` is any number of rows × (`width` for `first`, as many for `second`),
+/// f32; both are f32 or bf16.
 pub(in crate::ops) fn add_up_partials(
     cuda: &Cuda,
     first: Mut<'_, Cuda>,
@@ -148,6 +150,10 @@ pub(in crate::ops) fn add_up_partials(
     width: usize,
 ) {
     let sides = if second.is_some() { 2 } else { 1 };
+    let sum_type = tag(first.dtype());
+    assert!(
+        matches!(first.dtype(), DType::F32 | DType::BF16) && second.as_ref().is_none_or(|s| s.dtype() == first.dtype())
+    );
     let (count, launch) = (partials.len() / (sides * width), Launch::grid(width.div_ceil(32), sides, 1).threads(1024));
-    add_up(cuda, launch, first, second, partials, count as u64, width as u32);
+    add_up(cuda, launch, first, second, sum_type, partials, count as u64, width as u32);
 }

@@ -250,3 +250,98 @@ fn a_skipped_step_changes_nothing() {
     assert_eq!(model.state(), before);
     assert_eq!(model.partials, [0.0; 4]);
 }
+
+impl<F: Real> Model<F> {
+    /// The same with moments in bf16.
+    fn narrow(threads: usize) -> Self {
+        let mut model = Self::new(threads);
+        model.moments = std::array::from_fn(|_| Tensor::new(&model.cpu, DType::BF16, ARENA).unwrap());
+        model
+    }
+}
+
+/// The values of a tensor of bf16.
+fn halves<F: Real>(tensor: &Tensor<Cpu<F>>) -> Vec<f64> {
+    elements::<F, bf16>(tensor).into_iter().map(|x| f64::from(x.to_f32())).collect()
+}
+
+/// The first step computes in f32 what moments in f32 give; what is kept is a neighbour of it, and not always the nearest.
+#[test]
+fn moments_in_bf16_are_neighbours_of_those_in_f32() {
+    for method in METHODS.into_iter().filter(|&method| kept(method)[0]) {
+        let (mut wide, mut narrow) = (Model::<f32>::new(2), Model::<f32>::narrow(2));
+        let gradients = floats(&wide.cpu, &gradients(1));
+        wide.step(method, &gradients, 1, 0.0);
+        narrow.step(method, &gradients, 1, 0.0);
+        assert_eq!(values(&narrow.weights), values(&wide.weights), "{method:?}");
+        assert_eq!(narrow.partials, wide.partials, "{method:?}");
+        for k in 0..3 {
+            let (exact, kept) = (values(&wide.moments[k]), halves(&narrow.moments[k]));
+            let mut farther = 0;
+            for (i, (exact, kept)) in exact.iter().zip(&kept).enumerate() {
+                let bits = (*exact as f32).to_bits() >> 16;
+                let both = [bits, bits + 1].map(|bits| f64::from(f32::from_bits(bits << 16)));
+                assert!(both.contains(kept), "{method:?}: moment {k} of {i}: {exact} became {kept}");
+                farther += usize::from((exact - kept).abs() > (both[1] - both[0]).abs() / 2.0);
+            }
+            // A fourth of the elements are rounded to the neighbour that is farther off.
+            let some = exact.iter().filter(|&&m| m != 0.0).count();
+            assert!(
+                some == 0 || (some / 5..some / 3).contains(&farther),
+                "{method:?}: moment {k}: {farther} of {some}"
+            );
+        }
+        if self::kept(method)[2] {
+            assert_eq!(halves(&narrow.moments[2]), halves(&narrow.moments[1]), "a maximum of one is that one");
+        }
+    }
+}
+
+/// Moments that move by less than half the distance of neighbours at each step arrive, in the mean, where those in f32 do;
+/// rounded to nearest they would stand still.
+#[test]
+fn moments_in_bf16_follow_in_the_mean() {
+    let method = Method::Adam { beta1: 0.99, beta2: 0.999, coupled: false, amsgrad: false };
+    let (mut wide, mut narrow) = (Model::<f32>::new(2), Model::<f32>::narrow(2));
+    let gradients = floats(&wide.cpu, &vec![1.0; ARENA]);
+    for t in 1..=300 {
+        wide.step(method, &gradients, t, 0.0);
+        narrow.step(method, &gradients, t, 0.0);
+    }
+    for k in 0..2 {
+        // All elements of the first row are alike.
+        let exact = values(&wide.moments[k])[0];
+        let kept = &halves(&narrow.moments[k])[..PIECE];
+        let mean = kept.iter().sum::<f64>() / PIECE as f64;
+        let deviation = (kept.iter().map(|m| (m - mean).powi(2)).sum::<f64>() / PIECE as f64).sqrt();
+        assert!(deviation > 0.0, "moment {k} is not random");
+        assert!(
+            (mean - exact).abs() < 5.0 * deviation / (PIECE as f64).sqrt(),
+            "moment {k}: {mean} instead of {exact}"
+        );
+    }
+}
+
+#[test]
+fn threads_and_pieces_change_no_bit_of_moments_in_bf16() {
+    for method in METHODS {
+        let mut states = Vec::new();
+        for threads in [1, 2, 3] {
+            let mut model = Model::<f32>::narrow(threads);
+            if threads == 3 {
+                // The row of two pieces cut elsewhere.
+                let [first, second, rest @ ..] = &list()[..] else { unreachable!("four pieces") };
+                let cut = |offset: u64, end: u64| Piece { offset, len: (end - offset) as u32, row: 0 };
+                let end = second.offset + u64::from(second.len);
+                let list = [&[cut(first.offset, 1001), cut(1001, end)], rest].concat();
+                model.pieces = Pieces::new(&model.cpu, list, SETTINGS.to_vec()).unwrap();
+            }
+            for t in 1..4 {
+                let gradients = floats(&model.cpu, &gradients(t));
+                model.step(method, &gradients, t, 0.0);
+            }
+            states.push((values(&model.weights), model.moments.each_ref().map(halves)));
+        }
+        assert!(states.iter().all(|s| *s == states[0]), "{method:?}");
+    }
+}
