@@ -16,7 +16,13 @@ template <class T> DEVICE Wide<T> load_wide(const T* p, u64 i, u64 n, bool wide)
     }
     return piece;
 }
-// The same of f32, in as many elements as 16 bytes of T have: parameters' gradients and partial sums.
+// Their values.
+template <class T> DEVICE void load_wide(f32 (&to)[WIDE<T>], const T* p, u64 i, u64 n, bool wide) {
+    Wide<T> piece = load_wide(p, i, n, wide);
+#pragma unroll
+    for (int k = 0; k < WIDE<T>; k++) to[k] = load(piece.at[k]);
+}
+// Those of f32, in as many elements as 16 bytes of T have: parameters' gradients and partial sums.
 template <int N> DEVICE void load_f32(f32 (&to)[N], const f32* p, u64 i, u64 n, bool wide) {
 #pragma unroll
     for (int k = 0; k < N; k += WIDE<f32>) {

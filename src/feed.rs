@@ -177,8 +177,8 @@ pub const PARTS: usize = 2;
 /// what was brought before.
 ///
 /// Recorded work has fixed addresses, and each part is memory of its own. So there is a recording for each part
-/// ([`Feed::part`]), rather than a copy into one place, or a kernel that finds its place by a number on the device: those
-/// would cost every step a launch and a trip through memory before the first kernel that reads tokens, the second
+/// ([`Feed::part`]), rather than a copy into one place, or a kernel that finds its place by a number on the device:
+/// those would cost every step a launch and a trip through memory before the first kernel that reads tokens, the second
 /// recording costs milliseconds once.
 pub struct Feed<B: Backend> {
     /// Where micro-batches come from.

@@ -117,8 +117,9 @@ impl<B: Ops> Trainer<B> {
         let mut plan = Plan::default();
         let rank = (comm.rank(), comm.world());
         let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, rank, micro, recompute);
+        let (rows, inputs) = (micro.rows(), samples.inputs());
         let whole =
-            B::RECORDS && graphs::whole_steps(config.graph, comm.world(), share.len(), table.arena, micro.rows());
+            B::RECORDS && graphs::whole_steps(config.graph, comm.world(), share.len(), table.arena, rows, inputs);
         let (tokens, batches) = (matches!(meaning.spec, Spec::Decoder(_)), if whole { share.len() } else { 1 });
         let batch = Feed::plan(&backend, &mut plan, &*samples, micro, tokens, batches);
         let mut planned = plan.commit(&backend)?;

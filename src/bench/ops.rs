@@ -17,6 +17,7 @@ use crate::{
         norm::{NormKind, NormShape, Residual},
         optimizer::{Arenas, Method},
         pieces::{self, Pieces},
+        rotary::Rotation,
         scalars::{SCALAR_BYTES, SCALARS, Scalar, set},
     },
     rng,
@@ -249,7 +250,22 @@ fn streams<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
         let table = clock.tensor(clock.backend.statistics(), context * heads.head_dim)?;
         let turned = rows * (heads.queries() + heads.keys()) * size;
         clock.time("rotary", 2 * turned, 0, |b| {
-            b.rotate(qkv.view_mut(), table.view(), heads, rows, context, 0, false);
+            let rotation = Rotation { table: table.view(), sequence: context, start: 0 };
+            b.rotate(qkv.view_mut(), rotation, heads, false);
+        })?;
+        let (mut out, gain) = (clock.real(qkv.len())?, clock.real(heads.head_dim)?);
+        let (mut dq, mut dk) = (clock.tensor(gradient, gain.len())?, clock.tensor(gradient, gain.len())?);
+        let normed = heads.kv_heads * (heads.group + 1);
+        let mut statistics = clock.tensor(clock.backend.statistics(), rows * normed)?;
+        clock.time("Q/K norm and rotary", 2 * qkv.len() * size, 0, |b| {
+            let rotation = Some(Rotation { table: table.view(), sequence: context, start: 0 });
+            let (out, statistics) = (out.view_mut(), statistics.view_mut());
+            b.head_norm(out, statistics, qkv.view(), gain.view(), gain.view(), rotation, heads, 1e-6);
+        })?;
+        clock.time("Q/K norm and rotary, backward", 3 * turned, 0, |b| {
+            let rotation = Some(Rotation { table: table.view(), sequence: context, start: 0 });
+            let (d, dq, dk, statistics) = (out.view_mut(), dq.view_mut(), dk.view_mut(), statistics.view());
+            b.head_norm_backward(d, dq, dk, qkv.view(), statistics, gain.view(), gain.view(), rotation, heads);
         })?;
     }
     Ok(())
@@ -277,7 +293,23 @@ fn products<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
             b.linear_backward_weight(dweight.view_mut(), Some(dbias.view_mut()), y.view(), x.view(), shape);
         })?;
     }
-    Ok(())
+    if gated { Ok(()) } else { activated_products(clock, sizes) }
+}
+
+/// The linear layers of a plain MLP with its activation, forward behind the first and backward behind the second.
+fn activated_products<B: Ops>(clock: &mut Clock<'_, B>, Sizes { rows, width, ffn, .. }: Sizes) -> Result<()> {
+    let (x, weight, bias) = (clock.real(rows * width)?, clock.real(ffn * width)?, clock.real(ffn)?);
+    let (mut before, mut after) = (clock.real(rows * ffn)?, clock.real(rows * ffn)?);
+    let (size, flops, kind) = (clock.backend.compute().size(), 2 * rows * width * ffn, Activation::GeluTanh);
+    let bytes = (x.len() + weight.len() + 2 * before.len()) * size;
+    clock.time("linear up with activation", bytes, flops, |b| {
+        let (shape, before) = (LinearShape { rows, inputs: width, outputs: ffn }, before.view_mut());
+        b.linear_activate(after.view_mut(), before, x.view(), weight.view(), Some(bias.view()), shape, kind);
+    })?;
+    clock.time("linear down backward, input with activation", bytes, flops, |b| {
+        let (shape, d) = (LinearShape { rows, inputs: ffn, outputs: width }, after.view_mut());
+        b.linear_activate_backward(d, x.view(), weight.view(), before.view(), shape, kind);
+    })
 }
 
 fn attention<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
@@ -298,6 +330,15 @@ fn attention<B: Ops>(clock: &mut Clock<'_, B>, sizes: Sizes) -> Result<()> {
     })?;
     clock.time("attention backward", 2 * moved + dout.len() * size, 5 * product, |b| {
         b.attention_backward(dqkv.view_mut(), dout.view(), out.view(), sums.view(), qkv.view(), None, shape);
+    })?;
+    // As generation has it: one query of each sequence with all its keys.
+    let shape = AttentionShape { queries: 1, ..shape };
+    let cached = rows * 2 * heads.keys() * size;
+    clock.time("attention, one query", cached, 0, |b| {
+        let part = |from: usize| Strided { view: qkv.slice(from..qkv.len()), stride: heads.row(), rows: context };
+        let (q, k, v) = (part(0), part(heads.queries()), part(heads.queries() + heads.keys()));
+        let out = out.slice_mut(0..shape.batch * heads.queries());
+        b.attention(out, sums.slice_mut(0..shape.batch * queries), q, k, v, None, shape);
     })
 }
 

@@ -21,8 +21,8 @@ use std::time::Instant;
 
 /// Batches that are taken in turn.
 const BATCHES: usize = 8;
-/// Steps before the clock runs: on a GPU two, with each part of the feed's ring, are eager, the next two are recorded, and
-/// two are always under way.
+/// Steps before the clock runs: on a GPU one with each part of the feed's ring is eager, then one with each is
+/// recorded, and two are always under way.
 const WARM_UP: usize = 7;
 /// Dense bf16 FLOP/s that utilisation is measured against: NVIDIA's figure for H100 and H200 (SXM).
 const PEAK: f64 = 989e12;

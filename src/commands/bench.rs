@@ -55,6 +55,9 @@ pub struct OpsArgs {
     place: super::PlaceArgs,
     #[command(flatten)]
     kept: KeptArgs,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -79,6 +82,9 @@ pub struct TrainArgs {
     place: super::PlaceArgs,
     #[command(flatten)]
     kept: KeptArgs,
+    /// On a GPU, apply GELU and sum bias gradients in kernels of their own
+    #[arg(long)]
+    unfused: bool,
     /// What a GPU records of a step
     #[arg(long, default_value = "auto")]
     graph: Recording,
@@ -128,8 +134,9 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
-    let OpsArgs { preset, batch, only, place, kept, json } = args;
-    let speed = bench::ops(kept.at(place.place()), OpsBench { preset, batch, only })?;
+    let OpsArgs { preset, batch, only, place, kept, unfused, json } = args;
+    let place = Place { unfused, ..kept.at(place.place()) };
+    let speed = bench::ops(place, OpsBench { preset, batch, only })?;
     if json {
         return print_json(&speed);
     }
@@ -145,10 +152,10 @@ fn ops(args: OpsArgs) -> Result<()> {
 }
 
 fn train(args: TrainArgs) -> Result<()> {
-    let TrainArgs { preset, batch, steps, recompute, graph, profile, .. } = args;
+    let TrainArgs { preset, batch, steps, recompute, unfused, graph, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
     let place = args.kept.at(args.place.place());
-    let speed = bench::train(Place { eager: graph == Recording::None, ..place }, bench)?;
+    let speed = bench::train(Place { eager: graph == Recording::None, unfused, ..place }, bench)?;
     if args.json {
         return print_json(&speed);
     }

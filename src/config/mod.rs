@@ -43,6 +43,10 @@ pub struct Config {
     /// the run's folder, which resuming takes over. Otherwise the library's first choice is taken.
     #[serde(default)]
     pub autotune: bool,
+    /// On a GPU, apply GELU and sum the gradients of biases in kernels of their own, also where matrix products in bf16
+    /// could do it on the way: to measure what that is worth. It rounds differently.
+    #[serde(default)]
+    pub unfused: bool,
     /// Seed of initial values and, unless given there, of the data order.
     #[serde(default = "one")]
     pub seed: u64,

@@ -1,8 +1,13 @@
-//! RMSNorm of each query and key head with one gain for all query heads and one for all key heads (Qwen3).
+//! RMSNorm of each query and key head with one gain for all query heads and one for all key heads (Qwen3), and rotary
+//! position embedding behind it, in one pass.
 
 mod cuda;
 
-use super::{attention::HeadShape, norm::add_up};
+use super::{
+    attention::HeadShape,
+    norm::add_up,
+    rotary::{Rotation, turn},
+};
 use crate::backend::{
     Backend, Mut, Ref,
     cpu::{
@@ -14,7 +19,8 @@ use crate::backend::{
 
 /// Q/K norm.
 pub trait HeadNorm: Backend {
-    /// out = qkv with each query head and key head normalised and multiplied by its gain; values are copied.
+    /// out = qkv with each query head and key head normalised, multiplied by its gain and, with a rotation, turned as
+    /// [`super::rotary::Rotary::rotate`] does; values are copied.
     /// `qkv` and `out` are rows × [`HeadShape::row`], `statistics` rows × (heads + kv_heads): 1/deviation.
     fn head_norm(
         &self,
@@ -23,6 +29,7 @@ pub trait HeadNorm: Backend {
         qkv: Ref<'_, Self>,
         q_gain: Ref<'_, Self>,
         k_gain: Ref<'_, Self>,
+        rotation: Option<Rotation<'_, Self>>,
         shape: HeadShape,
         eps: f64,
     );
@@ -38,6 +45,7 @@ pub trait HeadNorm: Backend {
         statistics: Ref<'_, Self>,
         q_gain: Ref<'_, Self>,
         k_gain: Ref<'_, Self>,
+        rotation: Option<Rotation<'_, Self>>,
         shape: HeadShape,
     );
 }
@@ -53,6 +61,7 @@ impl<F: Real> HeadNorm for Cpu<F> {
         qkv: Ref<'_, Self>,
         q_gain: Ref<'_, Self>,
         k_gain: Ref<'_, Self>,
+        rotation: Option<Rotation<'_, Self>>,
         shape: HeadShape,
         eps: f64,
     ) {
@@ -60,13 +69,14 @@ impl<F: Real> HeadNorm for Cpu<F> {
         let (qkv, q_gain, k_gain) = (qkv.as_slice::<F>(), q_gain.as_slice::<F>(), k_gain.as_slice::<F>());
         assert!(out.len() == qkv.len() && q_gain.len() == size && k_gain.len() == size);
         let (count, eps) = (F::from_f64(size as f64), F::from_f64(eps));
+        let angles = |row| rotation.as_ref().map(|r| &r.table.as_slice::<F>()[r.angles_of(row, size)..][..size]);
         let out = RowsMut::new(out.into_slice::<F>(), width);
         let statistics = RowsMut::new(statistics.into_slice::<F>(), normed / size);
         self.pool().for_rows((out, statistics), BLOCK, |range, (out, statistics)| {
             let qkv = &qkv[range.start * width..range.end * width];
             let rows = out.chunks_exact_mut(width).zip(qkv.chunks_exact(width));
             vectorize!({
-                for ((out, qkv), statistics) in rows.zip(statistics.chunks_exact_mut(normed / size)) {
+                for (row, ((out, qkv), statistics)) in range.zip(rows.zip(statistics.chunks_exact_mut(normed / size))) {
                     out[normed..].copy_from_slice(&qkv[normed..]);
                     let heads = out.chunks_exact_mut(size).zip(qkv.chunks_exact(size)).zip(statistics);
                     for (head, ((out, x), statistic)) in heads.enumerate() {
@@ -74,6 +84,9 @@ impl<F: Real> HeadNorm for Cpu<F> {
                         let inverse = F::ONE / (dot(x, x) / count + eps).sqrt();
                         *statistic = inverse;
                         out.iter_mut().zip(x).zip(gain).for_each(|((out, &x), &gain)| *out = x * inverse * gain);
+                    }
+                    if let Some(angles) = angles(row) {
+                        out[..normed].chunks_exact_mut(size).for_each(|head| turn(head, angles, F::ONE));
                     }
                 }
             });
@@ -89,12 +102,14 @@ impl<F: Real> HeadNorm for Cpu<F> {
         statistics: Ref<'_, Self>,
         q_gain: Ref<'_, Self>,
         k_gain: Ref<'_, Self>,
+        rotation: Option<Rotation<'_, Self>>,
         shape: HeadShape,
     ) {
         let (width, size, normed) = (shape.row(), shape.head_dim, shape.queries() + shape.keys());
         let (qkv, statistics) = (qkv.as_slice::<F>(), statistics.as_slice::<F>());
         let (q_gain, k_gain) = (q_gain.as_slice::<F>(), k_gain.as_slice::<F>());
         assert!(d.len() == qkv.len() && q_gain.len() == size && k_gain.len() == size);
+        let angles = |row| rotation.as_ref().map(|r| &r.table.as_slice::<F>()[r.angles_of(row, size)..][..size]);
         let blocks = (qkv.len() / width).div_ceil(BLOCK);
         scratch(blocks * 2 * size, |partials: &mut [F]| {
             let d = RowsMut::blocks(d.into_slice::<F>(), BLOCK * width);
@@ -105,7 +120,11 @@ impl<F: Real> HeadNorm for Cpu<F> {
                 dq_gain.fill(F::ZERO);
                 dk_gain.fill(F::ZERO);
                 vectorize!({
-                    for ((d, qkv), statistics) in d.chunks_exact_mut(width).zip(qkv).zip(statistics) {
+                    let rows = d.chunks_exact_mut(width).zip(qkv).zip(statistics);
+                    for (row, ((d, qkv), statistics)) in (block.start * BLOCK..).zip(rows) {
+                        if let Some(angles) = angles(row) {
+                            d[..normed].chunks_exact_mut(size).for_each(|head| turn(head, angles, -F::ONE));
+                        }
                         let (dq, dk) = d[..normed].split_at_mut(shape.queries());
                         let (q, k) = qkv[..normed].split_at(shape.queries());
                         let (q_statistics, k_statistics) = statistics.split_at(shape.queries() / size);
@@ -139,6 +158,7 @@ fn heads_backward<F: Real>(d: &mut [F], dgain: &mut [F], x: &[F], statistics: &[
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::rotary::Rotary;
     use crate::ops::tests::{assert_f32, assert_gradient, cpu, dot, floats, random, unwritten, values};
 
     const EPS: f64 = 1e-6;
@@ -149,7 +169,12 @@ mod tests {
         k_gain: Vec<f64>,
         d: Vec<f64>,
         shape: HeadShape,
+        /// (cos, sin) for `SEQUENCE + START` positions, where heads are turned.
+        angles: Option<Vec<f64>>,
     }
+
+    const SEQUENCE: usize = 7;
+    const START: usize = 2;
 
     impl Case {
         fn new(rows: usize, shape: HeadShape) -> Self {
@@ -159,7 +184,13 @@ mod tests {
                 k_gain: random(3, shape.head_dim).iter().map(|v| 1.0 + 0.5 * v).collect(),
                 d: random(4, rows * shape.row()),
                 shape,
+                angles: None,
             }
+        }
+
+        /// The same with angles, which rotate nothing evenly: they need not be a circle's to have a gradient.
+        fn turned(rows: usize, shape: HeadShape) -> Self {
+            Self { angles: Some(random(5, (SEQUENCE + START) * shape.head_dim)), ..Self::new(rows, shape) }
         }
 
         /// (out, statistics)
@@ -169,7 +200,10 @@ mod tests {
             let mut out = unwritten(&cpu, self.qkv.len());
             let mut statistics = unwritten(&cpu, self.qkv.len() / self.shape.row() * heads);
             let (qkv, q, k) = (floats(&cpu, &self.qkv), floats(&cpu, &self.q_gain), floats(&cpu, &self.k_gain));
-            cpu.head_norm(out.view_mut(), statistics.view_mut(), qkv.view(), q.view(), k.view(), self.shape, EPS);
+            let table = self.angles.as_ref().map(|angles| floats(&cpu, angles));
+            let rotation = table.as_ref().map(|t| Rotation { table: t.view(), sequence: SEQUENCE, start: START });
+            let (to, inverse) = (out.view_mut(), statistics.view_mut());
+            cpu.head_norm(to, inverse, qkv.view(), q.view(), k.view(), rotation, self.shape, EPS);
             (values(&out), values(&statistics))
         }
 
@@ -177,15 +211,18 @@ mod tests {
         fn backward<F: Real>(&self, threads: usize) -> [Vec<f64>; 3] {
             let statistics = self.forward::<F>(threads).1;
             let cpu = cpu::<F>(threads);
-            let mut d = floats(&cpu, &self.d);
+            let mut there = floats(&cpu, &self.d);
             let mut dq = unwritten(&cpu, self.shape.head_dim);
             let mut dk = unwritten(&cpu, self.shape.head_dim);
             let (qkv, statistics) = (floats(&cpu, &self.qkv), floats(&cpu, &statistics));
             let (q, k) = (floats(&cpu, &self.q_gain), floats(&cpu, &self.k_gain));
             let (dq_gain, dk_gain) = (dq.view_mut(), dk.view_mut());
             let (q, k) = (q.view(), k.view());
-            cpu.head_norm_backward(d.view_mut(), dq_gain, dk_gain, qkv.view(), statistics.view(), q, k, self.shape);
-            [values(&d), values(&dq), values(&dk)]
+            let table = self.angles.as_ref().map(|angles| floats(&cpu, angles));
+            let rotation = table.as_ref().map(|t| Rotation { table: t.view(), sequence: SEQUENCE, start: START });
+            let (d, qkv) = (there.view_mut(), qkv.view());
+            cpu.head_norm_backward(d, dq_gain, dk_gain, qkv, statistics.view(), q, k, rotation, self.shape);
+            [values(&there), values(&dq), values(&dk)]
         }
     }
 
@@ -212,21 +249,44 @@ mod tests {
 
     #[test]
     fn gradients() {
-        let case = Case::new(3, SHAPE);
-        let with = |change: &dyn Fn(&mut Case)| {
-            let mut moved = Case::new(3, SHAPE);
-            change(&mut moved);
-            dot(&case.d, &moved.forward::<f64>(1).0)
-        };
-        let [dqkv, dq_gain, dk_gain] = case.backward::<f64>(2);
-        assert_gradient("qkv", &case.qkv, &dqkv, |x| with(&|c| c.qkv = x.to_vec()));
-        assert_gradient("q_gain", &case.q_gain, &dq_gain, |g| with(&|c| c.q_gain = g.to_vec()));
-        assert_gradient("k_gain", &case.k_gain, &dk_gain, |g| with(&|c| c.k_gain = g.to_vec()));
+        let turned = HeadShape { head_dim: 6, ..SHAPE };
+        for make in [|| Case::new(3, SHAPE), || Case::turned(SEQUENCE + 2, HeadShape { head_dim: 6, ..SHAPE })] {
+            let case = make();
+            assert!(case.angles.is_none() || case.shape == turned);
+            let with = |change: &dyn Fn(&mut Case)| {
+                let mut moved = make();
+                change(&mut moved);
+                dot(&case.d, &moved.forward::<f64>(1).0)
+            };
+            let [dqkv, dq_gain, dk_gain] = case.backward::<f64>(2);
+            assert_gradient("qkv", &case.qkv, &dqkv, |x| with(&|c| c.qkv = x.to_vec()));
+            assert_gradient("q_gain", &case.q_gain, &dq_gain, |g| with(&|c| c.q_gain = g.to_vec()));
+            assert_gradient("k_gain", &case.k_gain, &dk_gain, |g| with(&|c| c.k_gain = g.to_vec()));
+        }
+    }
+
+    /// One pass gives the bits of a norm and a rotation after it.
+    #[test]
+    fn turned_is_normalised_and_rotated() {
+        let case = Case::turned(3 * SEQUENCE, HeadShape { kv_heads: 2, group: 2, head_dim: 38 });
+        let (together, _) = case.forward::<f32>(2);
+        let (normed, _) = Case { angles: None, ..Case::turned(3 * SEQUENCE, case.shape) }.forward::<f32>(2);
+        let cpu = cpu::<f32>(2);
+        let (mut qkv, table) = (floats(&cpu, &normed), floats(&cpu, case.angles.as_ref().unwrap()));
+        let rotation = Rotation { table: table.view(), sequence: SEQUENCE, start: START };
+        cpu.rotate(qkv.view_mut(), rotation, case.shape, false);
+        assert_eq!(together, values(&qkv));
     }
 
     #[test]
     fn threads_change_no_bit_and_f32_is_near() {
-        let case = Case::new(3 * BLOCK + 5, HeadShape { kv_heads: 2, group: 2, head_dim: 37 });
+        for shape in [37, 38].map(|head_dim| HeadShape { kv_heads: 2, group: 2, head_dim }) {
+            let rows = 3 * BLOCK + 5;
+            near(if shape.head_dim == 38 { Case::turned(rows, shape) } else { Case::new(rows, shape) });
+        }
+    }
+
+    fn near(case: Case) {
         let (forward, backward) = (case.forward::<f32>(1), case.backward::<f32>(1));
         for threads in [2, 3] {
             assert_eq!(forward, case.forward::<f32>(threads));

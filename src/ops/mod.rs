@@ -16,6 +16,7 @@ pub mod gradient;
 pub mod head;
 pub mod head_norm;
 pub mod linear;
+pub mod linear_activation;
 pub mod muon;
 pub mod norm;
 pub mod optimizer;
@@ -41,6 +42,7 @@ pub trait Ops:
     + head::Head
     + head_norm::HeadNorm
     + linear::Linear
+    + linear_activation::LinearActivation
     + muon::Muon
     + norm::Norm
     + optimizer::Optimizer
@@ -58,6 +60,7 @@ impl<B> Ops for B where
         + head::Head
         + head_norm::HeadNorm
         + linear::Linear
+        + linear_activation::LinearActivation
         + muon::Muon
         + norm::Norm
         + optimizer::Optimizer

@@ -8,46 +8,44 @@ use crate::backend::{
     cpu::{Cpu, Real, math::vectorize, parallel::RowsMut},
 };
 
+/// By which angles rows are turned: in a head of size e, elements i and i + e/2 by those of the row's position.
+pub struct Rotation<'a, B: Backend> {
+    /// Positions × e/2 × (cos, sin), in the statistics type.
+    pub table: Ref<'a, B>,
+    /// Rows of a sequence.
+    pub sequence: usize,
+    /// Row r stands at position `start + r % sequence`.
+    pub start: usize,
+}
+
+impl<'a, B: Backend> Rotation<'a, B> {
+    /// Where the angles of a row of heads of `size` begin in the table.
+    pub(super) fn angles_of(&self, row: usize, size: usize) -> usize {
+        (self.start + row % self.sequence) * size
+    }
+}
+
 /// RoPE.
 pub trait Rotary: Backend {
-    /// Rotates the queries and keys of `qkv` in place. `qkv` is rows × [`HeadShape::row`]; row r stands at position
-    /// `start + r % sequence`. In a head of size e, elements i and i + e/2 are turned by the angle of `table`, positions
-    /// × e/2 × (cos, sin). `backward` turns the other way, which is the gradient.
-    fn rotate(
-        &self,
-        qkv: Mut<'_, Self>,
-        table: Ref<'_, Self>,
-        shape: HeadShape,
-        rows: usize,
-        sequence: usize,
-        start: usize,
-        backward: bool,
-    );
+    /// Rotates the queries and keys of `qkv`, rows × [`HeadShape::row`], in place. `backward` turns the other way, which
+    /// is the gradient.
+    fn rotate(&self, qkv: Mut<'_, Self>, rotation: Rotation<'_, Self>, shape: HeadShape, backward: bool);
 }
 
 /// Elements of a task.
 const TASK: usize = 1 << 14;
 
 impl<F: Real> Rotary for Cpu<F> {
-    fn rotate(
-        &self,
-        qkv: Mut<'_, Self>,
-        table: Ref<'_, Self>,
-        shape: HeadShape,
-        rows: usize,
-        sequence: usize,
-        start: usize,
-        backward: bool,
-    ) {
+    fn rotate(&self, qkv: Mut<'_, Self>, rotation: Rotation<'_, Self>, shape: HeadShape, backward: bool) {
         let (width, size) = (shape.row(), shape.head_dim);
         let rotated = shape.queries() + shape.keys();
-        let table = table.as_slice::<F>();
-        assert!(qkv.len() == rows * width && size.is_multiple_of(2));
+        let table = rotation.table.as_slice::<F>();
+        assert!(qkv.len().is_multiple_of(width) && size.is_multiple_of(2));
         let sign = if backward { -F::ONE } else { F::ONE };
         self.pool().for_rows(RowsMut::new(qkv.into_slice::<F>(), width), (TASK / width).max(1), |range, qkv| {
             vectorize!({
                 for (r, row) in range.zip(qkv.chunks_exact_mut(width)) {
-                    let angles = &table[(start + r % sequence) * size..][..size];
+                    let angles = &table[rotation.angles_of(r, size)..][..size];
                     row[..rotated].chunks_exact_mut(size).for_each(|head| turn(head, angles, sign));
                 }
             });
@@ -57,7 +55,7 @@ impl<F: Real> Rotary for Cpu<F> {
 
 /// Turns the pairs (head[i], head[i + e/2]) by the angles (cos, sin) of `angles`, the other way with sign −1.
 #[inline(always)]
-fn turn<F: Real>(head: &mut [F], angles: &[F], sign: F) {
+pub(super) fn turn<F: Real>(head: &mut [F], angles: &[F], sign: F) {
     let (low, high) = head.split_at_mut(head.len() / 2);
     for ((a, b), angle) in low.iter_mut().zip(high).zip(angles.as_chunks::<2>().0) {
         let (cos, sin) = (angle[0], sign * angle[1]);
@@ -91,8 +89,7 @@ mod tests {
         let cpu = cpu::<F>(threads);
         let table = floats(&cpu, &table(start + sequence, shape.head_dim));
         let mut qkv = floats(&cpu, qkv);
-        let rows = qkv.len() / shape.row();
-        cpu.rotate(qkv.view_mut(), table.view(), shape, rows, sequence, start, back);
+        cpu.rotate(qkv.view_mut(), Rotation { table: table.view(), sequence, start }, shape, back);
         values(&qkv)
     }
 

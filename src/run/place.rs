@@ -28,6 +28,8 @@ pub struct Place {
     pub eager: bool,
     /// On a GPU, measure the algorithms of matrix products.
     pub autotune: bool,
+    /// On a GPU, apply GELU and sum the gradients of biases in kernels of their own.
+    pub unfused: bool,
     /// Which of the visible GPUs, from 0.
     pub ordinal: u32,
 }
@@ -44,13 +46,14 @@ impl Place {
     /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
     /// a GPU of its own: that of its number, or the only one that is shown to it.
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, graph, autotune, .. } = *config;
+        let Config { device, precision, mut threads, graph, autotune, unfused, .. } = *config;
         let local = world.local_world;
         if threads == 0 && local > 1 {
             threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
         }
-        let (eager, gradients, moments) = (graph == Recording::None, config.memory.gradients, config.memory.moments);
-        let place = Self { device, precision, gradients, moments, threads, eager, autotune, ordinal: 0 };
+        let eager = graph == Recording::None;
+        let (gradients, moments) = (config.memory.gradients, config.memory.moments);
+        let place = Self { device, precision, gradients, moments, threads, eager, autotune, unfused, ordinal: 0 };
         if !place.on_gpu()? {
             if config.comm.reduction == Reduction::Bf16 {
                 let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
@@ -108,8 +111,8 @@ impl Place {
             let why = "goes with precision bf16: products of f32 give f32 only; set it to f32, or precision to bf16";
             return Err(Error::config("memory.gradients", "bf16", why));
         }
-        let Self { ordinal, eager, autotune, .. } = self;
-        Cuda::new(cuda::Options { ordinal, compute, gradient, moment, eager, autotune })
+        let Self { ordinal, eager, autotune, unfused, .. } = self;
+        Cuda::new(cuda::Options { ordinal, compute, gradient, moment, eager, autotune, unfused })
     }
 
     /// Whether the GPU is meant. `auto` means it where a driver shows one; a GPU that is there but cannot be used is an

@@ -158,7 +158,7 @@ impl Bounds {
 }
 
 /// Heads, then sequences, queries and keys.
-const CASES: [(HeadShape, [usize; 3], Mask); 14] = [
+const CASES: [(HeadShape, [usize; 3], Mask); 19] = [
     (heads(1, 1, 8), [1, 1, 1], Mask::Nothing),
     (heads(2, 3, 5), [2, 70, 70], Mask::Any),
     (heads(1, 2, 6), [1, 9, 133], Mask::Nothing),
@@ -173,6 +173,12 @@ const CASES: [(HeadShape, [usize; 3], Mask); 14] = [
     (heads(1, 1, 192), [1, 70, 70], Mask::Any),
     (heads(1, 1, 250), [1, 33, 40], Mask::Nothing),
     (heads(1, 2, 256), [1, 67, 67], Mask::Nothing),
+    // Few queries, and more keys than a split has.
+    (heads(2, 6, 64), [1, 1, 257], Mask::Nothing),
+    (heads(1, 3, 128), [2, 3, 300], Mask::Any),
+    (heads(2, 1, 6), [1, 4, 129], Mask::Documents(50)),
+    (heads(1, 1, 250), [1, 2, 200], Mask::Any),
+    (heads(1, 2, 1), [2, 4, 4], Mask::Any),
 ];
 
 const fn heads(kv_heads: usize, group: usize, head_dim: usize) -> HeadShape {

@@ -13,6 +13,7 @@ mod gradient;
 mod head;
 mod head_norm;
 mod linear;
+mod linear_activation;
 mod muon;
 mod norm;
 mod optimizer;
@@ -30,7 +31,7 @@ use crate::{
 type Check = fn(&mut Agreement) -> Result<()>;
 
 /// Groups, and whether they have to do with gradients of parameters or with moments.
-const CHECKS: [(&str, Check, bool); 13] = [
+const CHECKS: [(&str, Check, bool); 14] = [
     ("activation", activation::check, false),
     ("attention", attention::check, false),
     ("embedding", embedding::check, true),
@@ -39,6 +40,7 @@ const CHECKS: [(&str, Check, bool); 13] = [
     ("head", head::check, true),
     ("head_norm", head_norm::check, true),
     ("linear", linear::check, true),
+    ("linear_activation", linear_activation::check, false),
     ("muon", muon::check, true),
     ("norm", norm::check, true),
     ("optimizer", optimizer::check, true),

@@ -3,7 +3,10 @@
 use super::agreement::{Agreement, get, put, put_real, round};
 use crate::{
     DType, Result,
-    ops::{attention::HeadShape, rotary::Rotary},
+    ops::{
+        attention::HeadShape,
+        rotary::{Rotary, Rotation},
+    },
 };
 
 /// Sizes: rows, sequence, first position.
@@ -14,11 +17,11 @@ fn run<B: Rotary>(
     qkv: &[f64],
     table: &[f64],
     shape: HeadShape,
-    (rows, sequence, start): Places,
+    (_, sequence, start): Places,
     backward: bool,
 ) -> Result<Vec<f64>> {
     let (mut qkv, table) = (put_real(backend, qkv)?, put(backend, backend.statistics(), table)?);
-    backend.rotate(qkv.view_mut(), table.view(), shape, rows, sequence, start, backward);
+    backend.rotate(qkv.view_mut(), Rotation { table: table.view(), sequence, start }, shape, backward);
     get(backend, &qkv)
 }
 

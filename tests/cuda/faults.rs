@@ -78,7 +78,8 @@ fn a_fault_leaves_the_last_checkpoint() {
     let place = Place::new();
     let whole = emulated(&place, &format!("{TRAIN} --set run=whole"), &[]);
     assert_eq!(whole.code, 0, "{}", whole.err);
-    for call in ["cuGraphLaunch:4:700", "cuMemcpyDtoHAsync_v2:3:719"] {
+    // The first graph is launched in step 3, as both parts of the ring have an eager step first.
+    for call in ["cuGraphLaunch:1:700", "cuMemcpyDtoHAsync_v2:3:719"] {
         let _ = std::fs::remove_dir_all(place.join("gpu"));
         let said = emulated(&place, TRAIN, &[("FAIL", call)]);
         assert_eq!(said.code, 3, "{call}: {}", said.err);

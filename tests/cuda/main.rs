@@ -4,7 +4,7 @@
 //! | file | |
 //! |---|---|
 //! | `agreement` | every op = the CPU's, whatever the order of threads, blocks and streams; the roads by which kernels load |
-//! | `training` | training, resuming, widening, saving on a GPU = on the CPU; recorded = eager |
+//! | `training` | training, resuming, widening, saving on a GPU = on the CPU; recorded = eager; epilogues |
 //! | `ranks` | processes on a GPU each = one process; resumed with another number; a lost rank ends all |
 //! | `faults` | what is missing, too old, too small or breaks: one message, the last checkpoint intact |
 

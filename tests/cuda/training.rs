@@ -122,6 +122,34 @@ fn streams_wait_for_each_other() {
     }
 }
 
+/// GELU and the gradients of biases are taken along by the products in bf16, unless that is turned off; the curves are
+/// those of bf16 either way. Recorded, recomputed or launched one by one, steps with epilogues have the same bits.
+#[test]
+fn products_have_epilogues() {
+    let place = Place::new();
+    config(&place, "run", "steps = 6", &format!("[batch]\nsize = 2\nmicro_batches = 3\n[model]\n{GPT2}bias = true\n"));
+    let replaced = ["activate_bf16", "activate_backward_bf16", "partial_column_sums_bf16"];
+    let train = |name: &str, sets: &str, options: &[(&str, &str)]| {
+        let log = place.join(&format!("{name}.log"));
+        let options = [options, &[("LOG", log.to_str().unwrap())]].concat();
+        emulated_ok(&place, &format!("train -c run.toml --device cuda --set run={name} {sets}"), &options);
+        let log = fs::read_to_string(log).unwrap();
+        (model(&place, name, 6), replaced.map(|kernel| log.contains(kernel)))
+    };
+    let (fused, kernels) = train("fused", "", &[]);
+    assert_eq!(kernels, [false; 3], "{replaced:?} ran beside epilogues");
+    let (apart_from_products, kernels) = train("unfused", "--set unfused=true", &[]);
+    assert_eq!(kernels, [true; 3], "of {replaced:?}");
+    assert!(apart_from_products != fused, "the same rounding: were there epilogues?");
+    let (with, without) = (losses(&place, "fused"), losses(&place, "unfused"));
+    assert!(apart(&with, &without, 6) < 2f64.powi(-8) * with[0], "{with:?}\n{without:?}");
+    assert!(train("eager", "--set graph=none", &[("STREAMS", "lazy")]).0 == fused, "eager differs");
+    for recompute in ["mlp", "block"] {
+        let set = format!("--set memory.recompute={recompute}");
+        assert!(train(recompute, &set, &[]).0 == fused, "recomputing {recompute} differs");
+    }
+}
+
 /// Twelve steps, a stop and eight more are twenty steps, bit for bit; and so on the CPU from the GPU's checkpoint, to
 /// rounding.
 #[test]
@@ -268,7 +296,12 @@ fn eval_and_generate_are_the_cpus() {
     let line = "generate base --prompt the --tokens 20 --seed 3 --json";
     let text = place.ok(&format!("{line} --device cpu")).out;
     assert_eq!(emulated_ok(&place, &format!("{line} --device cuda --precision f32"), &[]).out, text);
-    emulated_ok(&place, &format!("{line} --device cuda"), &[]);
+    // Token by token in the kernel for few queries, and in bf16 the same at every run.
+    let log = place.join("generate.log");
+    let written = |options: &[(&str, &str)]| emulated_ok(&place, &format!("{line} --device cuda"), options).out;
+    let once = written(&[("LOG", log.to_str().unwrap())]);
+    assert!(fs::read_to_string(log).unwrap().contains("attention_decode_bf16"));
+    assert_eq!(written(&[("SEED", "2"), ("STREAMS", "lazy")]), once);
 }
 
 /// The first thing that anybody runs.

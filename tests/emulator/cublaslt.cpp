@@ -141,7 +141,7 @@ const char* unsupported(const Attributes& desc, const Attributes* const (&layout
     constexpr int known[] = {RELU,          BIAS,  RELU_BIAS,   GELU,   GELU_BIAS, GELU_AUX,
                              GELU_AUX_BIAS, DGELU, DGELU_BGRAD, BGRADA, BGRADB};
     if (std::count(std::begin(known), std::end(known), p.epilogue) == 0) return "this epilogue";
-    if (p.bias_type != p.d.type && p.bias_type != p.a.type) return "a bias of this type";
+    if (p.bias_type != p.d.type) return "a bias, or a bias gradient, of another type than D";
     if (!(p.epilogue & AUX)) return nullptr;
     if (p.aux_type != p.d.type) return "an auxiliary matrix of another type than D";
     return p.aux_stride % 8 != 0 || p.aux_stride < int64_t(p.m)

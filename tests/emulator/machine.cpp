@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <csignal>
 #include <map>
 #include <numeric>
@@ -272,14 +273,15 @@ Failure launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_bytes
         return {std::string(kernel.name) + ": a grid or block of a forbidden size"};
     [[maybe_unused]] AccessGuard guard;
     set_up(kernel, grid, block, dynamic_bytes, parameters);
+    uint64_t count = options.last_blocks ? std::min(options.last_blocks, blocks) : blocks;
     // With a seed: from a random block on by a random step that has no factor in common with their number.
-    uint64_t at = 0, step = 1;
+    uint64_t at = blocks - count, step = 1;
     if (options.seed) {
         at = random_number() % blocks;
         do step = random_number() % blocks + 1;
         while (std::gcd(step, blocks) != 1);
     }
-    for (uint64_t i = 0; i < blocks && failure.what.empty(); i++) {
+    for (uint64_t i = 0; i < count && failure.what.empty(); i++) {
         block_index = dim3(unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y));
         run_block();
         at = (at + step) % blocks;

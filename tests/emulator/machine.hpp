@@ -107,6 +107,7 @@ const Kernel* find_kernel(const std::string& name);
 
 struct Options {
     uint64_t seed = 0;             // Not 0: threads and blocks run in an order that follows from it.
+    uint64_t last_blocks = 0;      // Not 0: so many blocks of a grid run only, the last.
     bool copies_at_once = false;   // cp.async delivers at the call, the other extreme of what a device may do.
 };
 extern Options options;  // From MUPSCALE_EMULATED_SEED and MUPSCALE_EMULATED_COPIES=at-once at first.

@@ -6,7 +6,7 @@
 //! kept. Products of f32 never use TF32.
 #![allow(unsafe_code, reason = "calls cuBLASLt")]
 
-use super::{Cuda, Memory, library, tuning::Tuning};
+use super::{Cuda, Epilogue, Memory, library, tuning::Tuning};
 use crate::{
     DType, Error, Result,
     backend::{Backend, Mut, Ref, Stream},
@@ -55,14 +55,15 @@ struct Shape {
     strides: [usize; 3],
     transposed: [bool; 2],
     types: [DType; 3],
-    bias: bool,
+    epilogue: sys::cublasLtEpilogue_t,
     adds: bool,
 }
 
 /// The library's handle and the products prepared so far.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
-    prepared: HashMap<Shape, Prepared>,
+    /// None where the library does not offer the epilogue.
+    prepared: HashMap<Shape, Option<Prepared>>,
     /// With `autotune`: what was measured.
     pub(super) tuning: Option<Tuning>,
 }
@@ -103,11 +104,24 @@ impl Products {
         Ok(Self { handle, prepared: HashMap::new(), tuning: tunes.map(|device| Tuning::new(device, version)) })
     }
 
-    /// `measure` gives the seconds that a product takes.
-    fn prepare(&mut self, shape: Shape, measure: impl Fn(&Prepared) -> Result<f64>) -> Result<&Prepared> {
+    /// `measure` gives the seconds that a product takes. None where the library does not offer an epilogue that is
+    /// `optional`.
+    fn prepare(
+        &mut self,
+        shape: Shape,
+        optional: bool,
+        measure: impl Fn(&Prepared) -> Result<f64>,
+    ) -> Result<Option<&Prepared>> {
         if !self.prepared.contains_key(&shape) {
-            let mut prepared = Prepared::new(self.handle, shape, if self.tuning.is_some() { CANDIDATES } else { 1 })?;
-            if let Some(tuning) = &mut self.tuning {
+            let candidates = if self.tuning.is_some() { CANDIDATES } else { 1 };
+            let mut prepared = match Prepared::new(self.handle, shape, candidates) {
+                Err(error) if optional => {
+                    tracing::debug!("kernels of our own instead: {error}");
+                    None
+                }
+                prepared => Some(prepared?),
+            };
+            if let (Some(tuning), Some(prepared)) = (&mut self.tuning, &mut prepared) {
                 let key = format!("{shape:?}");
                 match tuning.algorithms.get(&key) {
                     Some(&data) => prepared.algorithm.data = data,
@@ -117,7 +131,7 @@ impl Products {
             }
             self.prepared.insert(shape, prepared);
         }
-        Ok(&self.prepared[&shape])
+        Ok(self.prepared[&shape].as_ref())
     }
 }
 
@@ -145,12 +159,7 @@ impl Prepared {
         // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         describe(product, Desc::CUBLASLT_MATMUL_DESC_TRANSA, &i32::from(shape.transposed[1]))?;
         describe(product, Desc::CUBLASLT_MATMUL_DESC_TRANSB, &i32::from(shape.transposed[0]))?;
-        if shape.bias {
-            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
-            describe(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            // The heuristic looks at the pointer's alignment only.
-            describe(product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &(crate::backend::ALIGNMENT as u64))?;
-        }
+        describe_epilogue(product, shape)?;
         let [m, n, k] = shape.size;
         // As the library sees it: rows and columns of the memory's columns-first reading.
         let read = |transposed, rows, columns| if transposed { (rows, columns) } else { (columns, rows) };
@@ -162,7 +171,10 @@ impl Prepared {
             lt!(cublasLtMatrixLayoutCreate(&mut layouts[i], dtype, rows as u64, columns as u64, stride))?;
         }
         let algorithms = choose(handle, product, layouts, candidates).map_err(|error| {
-            Error::Device(format!("{error}: no algorithm for the product {m} x {n} x {k} of {:?}", shape.types))
+            Error::Device(format!(
+                "{error}: no algorithm for the product {m} x {n} x {k} of {:?}, {:?}",
+                shape.types, shape.epilogue
+            ))
         });
         let none = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
         let mut prepared = Self { product, layouts, algorithm: none, others: Vec::new() };
@@ -203,6 +215,26 @@ fn describe<T>(product: sys::cublasLtMatmulDesc_t, attribute: Desc, value: &T) -
     lt!(cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>()))
 }
 
+/// The epilogue, with pointers of which the heuristic looks at the alignment only. GELU's argument lies in memory as the
+/// result does.
+fn describe_epilogue(product: sys::cublasLtMatmulDesc_t, shape: Shape) -> Result<()> {
+    use sys::cublasLtEpilogue_t as Kind;
+    let Shape { epilogue, strides, .. } = shape;
+    if epilogue == Kind::CUBLASLT_EPILOGUE_DEFAULT {
+        return Ok(());
+    }
+    let somewhere = crate::backend::ALIGNMENT as u64;
+    describe(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+    if !matches!(epilogue, Kind::CUBLASLT_EPILOGUE_GELU_AUX | Kind::CUBLASLT_EPILOGUE_DGELU) {
+        describe(product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &somewhere)?;
+    }
+    if !matches!(epilogue, Kind::CUBLASLT_EPILOGUE_BIAS | Kind::CUBLASLT_EPILOGUE_BGRADB) {
+        describe(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &somewhere)?;
+        describe(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(strides[2] as i64))?;
+    }
+    Ok(())
+}
+
 /// The heuristic's first algorithms, at least one, among those that add in a fixed order: split sums are added by a second
 /// pass, never in place.
 fn choose(
@@ -239,18 +271,34 @@ fn choose(
 }
 
 impl Cuda {
-    /// c = alpha · a · b + beta · c (+ bias, one number for each column of c). `size` is c's rows and columns, and the
-    /// length of the sums; c has `stride` elements from row to row. Sums are f32, whatever the operands.
+    /// c = alpha · a · b + beta · c. `size` is c's rows and columns, and the length of the sums; c has `stride` elements
+    /// from row to row. Sums are f32, whatever the operands.
     pub(crate) fn gemm(
         &self,
-        (c, stride): (Mut<'_, Self>, usize),
+        c: (Mut<'_, Self>, usize),
+        a: Matrix<'_>,
+        b: Matrix<'_>,
+        size: [usize; 3],
+        factors: (f64, f64),
+    ) {
+        self.gemm_with(c, a, b, size, factors, Epilogue::Plain);
+    }
+
+    /// The same, with something done to the sums on the way. False, and nothing is done at all, where an epilogue other
+    /// than the bias is left to kernels of our own: see [`Cuda::fuses`].
+    pub(crate) fn gemm_with(
+        &self,
+        c: (Mut<'_, Self>, usize),
         a: Matrix<'_>,
         b: Matrix<'_>,
         size: [usize; 3],
         (alpha, beta): (f64, f64),
-        bias: Option<Ref<'_, Self>>,
-    ) {
-        self.note(self.try_gemm((c, stride), a, b, size, (alpha as f32, beta as f32), bias));
+        epilogue: Epilogue<'_>,
+    ) -> bool {
+        self.try_gemm(c, a, b, size, (alpha as f32, beta as f32), &epilogue).unwrap_or_else(|error| {
+            self.note(Err(error));
+            true
+        })
     }
 
     fn try_gemm(
@@ -260,34 +308,42 @@ impl Cuda {
         b: Matrix<'_>,
         size: [usize; 3],
         (alpha, beta): (f32, f32),
-        bias: Option<Ref<'_, Self>>,
-    ) -> Result<()> {
+        epilogue: &Epilogue<'_>,
+    ) -> Result<bool> {
         let [m, n, k] = size;
         let needed = |matrix: Matrix, rows: usize, columns: usize| {
             let (rows, columns) = if matrix.transposed { (columns, rows) } else { (rows, columns) };
             (rows - 1) * matrix.stride + columns
         };
+        let of_result = needed(Matrix::new(c.as_ref(), stride), m, n);
         assert!(a.view.len() >= needed(a, m, k) && b.view.len() >= needed(b, k, n), "operands of {size:?}");
-        assert!(c.len() >= needed(Matrix::new(c.as_ref(), stride), m, n), "result of {size:?}");
-        assert!(bias.is_none_or(|bias| bias.len() >= n && bias.dtype() == c.dtype()), "bias of {size:?}");
+        assert!(c.len() >= of_result, "result of {size:?}");
+        let entries = if matches!(epilogue, Epilogue::RowSums(_)) { m } else { n };
+        let fits = |view: Option<Ref<'_, Self>>, len| view.is_none_or(|v| v.len() >= len && v.dtype() == c.dtype());
+        assert!(fits(epilogue.vector(), entries) && fits(epilogue.matrix(), of_result), "epilogue of {size:?}");
         let shape = Shape {
             size,
             strides: [a.stride, b.stride, stride],
             transposed: [a.transposed, b.transposed],
             types: [a.view.dtype(), b.view.dtype(), c.dtype()],
-            bias: bias.is_some(),
+            epilogue: epilogue.kind(),
             adds: beta != 0.0,
         };
+        if epilogue.is_optional() && !self.fuses(shape.types[0], shape.strides) {
+            return Ok(false);
+        }
         self.bind()?;
         let mut products = self.products();
         let handle = products.handle;
         let operands = [b.view.address().0, a.view.address().0];
-        let prepared = products.prepare(shape, |prepared| {
+        let prepared = products.prepare(shape, epilogue.is_optional(), |prepared| {
             // Into memory of its own: what c holds may be added to.
             let result = Memory::new(&self.context, &self.allocated, c.len() * c.dtype().size())?;
-            self.seconds(|| self.multiply(handle, prepared, operands, result.address.0, (alpha, 0.0), bias))
+            self.seconds(|| self.multiply(handle, prepared, operands, result.address.0, (alpha, 0.0), epilogue))
         })?;
-        self.multiply(handle, prepared, operands, c.address().0, (alpha, beta), bias)
+        let Some(prepared) = prepared else { return Ok(false) };
+        self.multiply(handle, prepared, operands, c.address().0, (alpha, beta), epilogue)?;
+        Ok(true)
     }
 
     /// Seconds of some work, once it is warm.
@@ -307,11 +363,14 @@ impl Cuda {
         [left, right]: [u64; 2],
         result: u64,
         (alpha, beta): (f32, f32),
-        bias: Option<Ref<'_, Self>>,
+        epilogue: &Epilogue<'_>,
     ) -> Result<()> {
         let Prepared { product, layouts, algorithm, .. } = prepared;
-        if let Some(bias) = bias {
-            describe(*product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.address().0)?;
+        if let Some(vector) = epilogue.vector() {
+            describe(*product, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector.address().0)?;
+        }
+        if let Some(matrix) = epilogue.matrix() {
+            describe(*product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &matrix.address().0)?;
         }
         let result = result as *mut c_void;
         // The descriptors are those of these operands, whose lengths were checked; alpha and beta are read before the

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! library → driver → module (images, or nvrtc) → launch        ops/*/cuda.rs: kernels! { … }
-//!                  → gemm (cuBLASLt)                            ops/linear, head, muon
+//!                  → gemm (cuBLASLt), epilogue                  ops/linear, linear_activation, head, muon
 //!                  → graph (capture and replay)                 trainer::recorded
 //!                  → nccl (sums over ranks)                     comm::Comm
 //! ```
@@ -14,6 +14,7 @@
 #![allow(unsafe_code, reason = "allocates and copies through the driver")]
 
 pub mod driver;
+mod epilogue;
 mod gemm;
 mod graph;
 pub(crate) mod launch;
@@ -26,6 +27,7 @@ mod tuning;
 pub use driver::{Event, Properties};
 pub use graph::Graph;
 pub(crate) use {
+    epilogue::Epilogue,
     gemm::Matrix,
     launch::{Launch, Teams, kernels, warps},
 };
@@ -63,6 +65,8 @@ pub struct Options {
     pub eager: bool,
     /// Measure the algorithms of matrix products instead of taking the library's word.
     pub autotune: bool,
+    /// Apply GELU and sum the gradients of biases in kernels of our own instead of in matrix products.
+    pub unfused: bool,
 }
 
 /// A GPU.
@@ -206,6 +210,13 @@ impl Cuda {
 /// An address in the GPU's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device(pub(super) u64);
+
+impl Device {
+    /// Whether so many bytes divide it.
+    pub(crate) fn is_multiple_of(self, bytes: usize) -> bool {
+        self.0.is_multiple_of(bytes as u64)
+    }
+}
 
 impl Address for Device {
     fn offset(self, bytes: usize) -> Self {

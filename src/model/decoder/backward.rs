@@ -98,14 +98,17 @@ impl<B: Ops> Decoder<B> {
         let (inner, hidden) = (&a.inner[slot(&a.inner, l)], &a.hidden[slot(&a.hidden, l)]);
         let branch = branch_gradient(backend, &s.dx, &mut s.scaled, self.spec.alphas.residual);
         let down = self.linear_shape(rows, self.ffn(), self.width());
-        linear_backward(backend, w, g, &block.down, s.dafter.view_mut(), branch, hidden.after.view(), down);
+        let weight = w.get(&block.down.weight);
+        weight_backward(backend, g, &block.down, branch, hidden.after.view(), down);
         let dbefore = match (self.spec.feed_forward, &mut s.dbefore) {
             (FeedForward::Gated, Some(dbefore)) => {
+                backend.linear_backward_input(s.dafter.view_mut(), branch, weight, down);
                 backend.gate_backward(dbefore.view_mut(), s.dafter.view(), hidden.before.view(), self.ffn());
                 dbefore.view()
             }
             (FeedForward::Plain { activation }, _) => {
-                backend.activate_backward(s.dafter.view_mut(), hidden.before.view(), activation);
+                let (dbefore, before) = (s.dafter.view_mut(), hidden.before.view());
+                backend.linear_activate_backward(dbefore, branch, weight, before, down, activation);
                 s.dafter.view()
             }
             (FeedForward::Gated, None) => unreachable!("planned with gate and up"),
@@ -142,23 +145,18 @@ impl<B: Ops> Decoder<B> {
             first_key,
             self.attention_shape(micro),
         );
-        if let Some(angles) = &self.angles {
-            backend.rotate(s.dqkv.view_mut(), angles.view(), heads, rows, micro.length, 0, true);
-        }
-        if let (Some((q, k)), Some(projected), Some(statistics)) =
-            (&block.qk_norm, &inner.projected, &inner.head_statistics)
-        {
-            let (dq, dk) = g.pair(q, k);
-            backend.head_norm_backward(
-                s.dqkv.view_mut(),
-                dq,
-                dk,
-                projected.view(),
-                statistics.view(),
-                w.get(q),
-                w.get(k),
-                heads,
-            );
+        let (d, rotation) = (s.dqkv.view_mut(), self.rotation(micro.length, 0));
+        match (&block.qk_norm, &inner.projected, &inner.head_statistics) {
+            (Some((q, k)), Some(projected), Some(statistics)) => {
+                let ((dq, dk), projected, statistics) = (g.pair(q, k), projected.view(), statistics.view());
+                let (q, k) = (w.get(q), w.get(k));
+                backend.head_norm_backward(d, dq, dk, projected, statistics, q, k, rotation, heads);
+            }
+            _ => {
+                if let Some(rotation) = rotation {
+                    backend.rotate(d, rotation, heads, true);
+                }
+            }
         }
         let qkv = self.linear_shape(rows, self.width(), heads.row());
         linear_backward(backend, w, g, &block.qkv, s.dy.view_mut(), s.dqkv.view(), inner.norm1.view(), qkv);
@@ -215,9 +213,21 @@ fn linear_backward<B: Ops>(
     x: Ref<'_, B>,
     shape: LinearShape,
 ) {
+    weight_backward(backend, g, layer, dy, x, shape);
+    backend.linear_backward_input(dx, dy, w.get(&layer.weight), shape);
+}
+
+/// Gradients of a linear layer by its parameters.
+fn weight_backward<B: Ops>(
+    backend: &B,
+    g: &mut Gradients<'_, B>,
+    layer: &Layer,
+    dy: Ref<'_, B>,
+    x: Ref<'_, B>,
+    shape: LinearShape,
+) {
     let (dweight, dbias) = g.layer(&layer.weight, layer.bias.as_ref());
     backend.linear_backward_weight(dweight, dbias, dy, x, shape);
-    backend.linear_backward_input(dx, dy, w.get(&layer.weight), shape);
 }
 
 /// Adds the gradient through a norm, whose output's gradient is `dy`, to `dx`.

@@ -182,18 +182,21 @@ impl<B: Ops> Decoder<B> {
         };
         let new = start * heads.row()..(start + rows) * heads.row();
         let (x, size) = (inner.norm1.slice(0..rows * self.width()), (rows, self.width(), heads.row()));
+        let rotation = self.rotation(length, start);
         match (&mut inner.projected, &mut inner.head_statistics, &block.qk_norm) {
             (Some(projected), Some(statistics), Some((q, k))) => {
                 let all = 0..rows * heads.row();
                 self.apply(backend, w, &block.qkv, projected.slice_mut(all.clone()), x, size);
                 let statistics = statistics.slice_mut(0..rows * heads.kv_heads * (heads.group + 1));
                 let (out, eps) = (qkv.slice_mut(new.clone()), self.spec.norm_eps);
-                backend.head_norm(out, statistics, projected.slice(all), w.get(q), w.get(k), heads, eps);
+                backend.head_norm(out, statistics, projected.slice(all), w.get(q), w.get(k), rotation, heads, eps);
             }
-            _ => self.apply(backend, w, &block.qkv, qkv.slice_mut(new.clone()), x, size),
-        }
-        if let Some(angles) = &self.angles {
-            backend.rotate(qkv.slice_mut(new.clone()), angles.view(), heads, rows, length, start, false);
+            _ => {
+                self.apply(backend, w, &block.qkv, qkv.slice_mut(new.clone()), x, size);
+                if let Some(rotation) = rotation {
+                    backend.rotate(qkv.slice_mut(new.clone()), rotation, heads, false);
+                }
+            }
         }
         let part = |from: usize| Strided { view: qkv.slice(from..new.end), stride: heads.row(), rows: start + length };
         let (q, k, v) = (part(new.start), part(heads.queries()), part(heads.queries() + heads.keys()));
@@ -220,12 +223,18 @@ impl<B: Ops> Decoder<B> {
         let hidden = &mut a.hidden[here];
         let gated = self.spec.feed_forward == FeedForward::Gated;
         let outputs = self.ffn() * if gated { 2 } else { 1 };
-        let before = 0..rows * outputs;
-        self.apply(backend, w, up, hidden.before.slice_mut(before.clone()), norm2, (rows, self.width(), outputs));
-        let (after, before) = (hidden.after.slice_mut(0..rows * self.ffn()), hidden.before.slice(before));
+        let mut before = hidden.before.slice_mut(0..rows * outputs);
+        let after = hidden.after.slice_mut(0..rows * self.ffn());
         match self.spec.feed_forward {
-            FeedForward::Plain { activation } => backend.activate(after, before, activation),
-            FeedForward::Gated => backend.gate(after, before, self.ffn()),
+            FeedForward::Plain { activation } => {
+                let (weight, bias) = (w.get(&up.weight), up.bias.as_ref().map(|b| w.get(b)));
+                let shape = self.linear_shape(rows, self.width(), outputs);
+                backend.linear_activate(after, before, norm2, weight, bias, shape, activation);
+            }
+            FeedForward::Gated => {
+                self.apply(backend, w, up, before.reborrow(), norm2, (rows, self.width(), outputs));
+                backend.gate(after, before.as_ref(), self.ffn());
+            }
         }
     }
 

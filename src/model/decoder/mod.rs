@@ -28,6 +28,7 @@ use crate::{
         head::ReadoutShape,
         linear::LinearShape,
         norm::NormShape,
+        rotary::Rotation,
     },
 };
 
@@ -73,6 +74,12 @@ impl<B: Backend> Decoder<B> {
             group: dims.get(Width::Group),
             head_dim: dims.get(Width::HeadDim),
         }
+    }
+
+    /// How tokens are turned that stand from position `start` on in sequences of this length; not at all where positions
+    /// are learned.
+    fn rotation(&self, sequence: usize, start: usize) -> Option<Rotation<'_, B>> {
+        self.angles.as_ref().map(|angles| Rotation { table: angles.view(), sequence, start })
     }
 
     fn norm_shape(&self, rows: usize) -> NormShape {

@@ -1,5 +1,7 @@
 //! Attention on a GPU: portable kernels for tensor cores (bf16) or plain multiplications (f32).
 
+mod decode;
+
 use super::{Attention, AttentionShape, HeadShape, Strided};
 use crate::{
     DType,
@@ -149,6 +151,9 @@ impl Attention for Cuda {
             return;
         }
         let size = padded_size(head_dim);
+        if queries <= decode::FEW {
+            return self.attention_of_few(out, log_sum_exp, q, k, v, first_key, shape);
+        }
         let [tiles, ..] = tiles(size, self.compute());
         let shared = (tiles.rows() + 4 * tiles.columns) * size * self.compute().size();
         attention_forward(

@@ -6,7 +6,7 @@ use crate::{
     DType,
     backend::{
         ALIGNMENT, Backend, Mut, Ref,
-        cuda::{Cuda, Launch, Matrix, kernels},
+        cuda::{Cuda, Epilogue, Launch, Matrix, kernels},
     },
     ops::{gradient::Gradient, linear::column_sums},
 };
@@ -145,7 +145,8 @@ impl Cuda {
         ReadoutShape { width, scale, .. }: ReadoutShape,
     ) {
         let (size, weight) = ([x.len() / width, columns, width], Matrix::new(weight, width).transposed());
-        self.gemm((logits, columns), Matrix::new(x, width), weight, size, (scale, 0.0), bias);
+        let epilogue = bias.map_or(Epilogue::Plain, Epilogue::Bias);
+        self.gemm_with((logits, columns), Matrix::new(x, width), weight, size, (scale, 0.0), epilogue);
     }
 
     /// Losses; with the factor on a token's loss the logits become their gradients.
@@ -181,10 +182,10 @@ impl Cuda {
     ) {
         let (tokens, left) = (x.len() / width, Matrix::new(dlogits, padded));
         let dx = gradients.dx.reborrow().slice(start * width..(start + tokens) * width);
-        self.gemm((dx, width), left, Matrix::new(weight, width), [tokens, width, padded], (scale, 0.0), None);
+        self.gemm((dx, width), left, Matrix::new(weight, width), [tokens, width, padded], (scale, 0.0));
         let (dweight, add) = (gradients.dweight.reborrow(), start > 0);
         let (size, factors) = ([padded, width, tokens], (scale, f64::from(u8::from(add))));
-        self.gemm((dweight, width), left.transposed(), Matrix::new(x, width), size, factors, None);
+        self.gemm((dweight, width), left.transposed(), Matrix::new(x, width), size, factors);
         if let Some(dbias) = &mut gradients.dbias {
             column_sums(self, dbias.reborrow(), dlogits, tokens, padded, add);
         }

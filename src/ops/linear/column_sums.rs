@@ -19,8 +19,8 @@ const ROWS: usize = 128;
 /// Threads of a block side by side.
 const ACROSS: usize = 32;
 
-/// out[c] = Σ over rows of x[r, c], or with `add` out[c] += that; out is f32 or bf16, x of the compute type, on a border of
-/// 16 bytes. Summed in f32. In a fixed order, the same for all columns.
+/// out[c] = Σ over rows of x[r, c], or with `add` out[c] += that; out is f32 or bf16, x of the compute type, read 16
+/// bytes at once where it lies on such borders. Summed in f32. In a fixed order, the same for all columns.
 pub(in crate::ops) fn column_sums(
     cuda: &Cuda,
     out: Mut<'_, Cuda>,
@@ -32,7 +32,7 @@ pub(in crate::ops) fn column_sums(
     assert!(x.dtype() == cuda.compute() && x.len() == rows * columns);
     assert!(matches!(out.dtype(), DType::F32 | DType::BF16), "sums in {}", out.dtype());
     let pack = 16 / x.dtype().size();
-    let wide = columns.is_multiple_of(pack);
+    let wide = columns.is_multiple_of(pack) && x.address().is_multiple_of(16);
     let (across, blocks) = (if wide { ACROSS * pack } else { ACROSS }, rows.div_ceil(ROWS));
     // Rows beyond what a grid can have side by side would be a batch of eight million tokens.
     let launch = Launch::grid(columns.div_ceil(across), blocks, 1);

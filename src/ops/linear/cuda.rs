@@ -3,7 +3,7 @@
 use super::{Linear, LinearShape};
 use crate::backend::{
     Mut, Ref,
-    cuda::{Cuda, Matrix},
+    cuda::{Cuda, Epilogue, Matrix},
 };
 
 impl Linear for Cuda {
@@ -17,18 +17,19 @@ impl Linear for Cuda {
     ) {
         let LinearShape { rows, inputs, outputs } = shape;
         let (x, weight) = (Matrix::new(x, inputs), Matrix::new(weight, inputs).transposed());
-        self.gemm((y, outputs), x, weight, [rows, outputs, inputs], (1.0, 0.0), bias);
+        let epilogue = bias.map_or(Epilogue::Plain, Epilogue::Bias);
+        self.gemm_with((y, outputs), x, weight, [rows, outputs, inputs], (1.0, 0.0), epilogue);
     }
 
     fn linear_backward_input(&self, dx: Mut<'_, Self>, dy: Ref<'_, Self>, weight: Ref<'_, Self>, shape: LinearShape) {
         let LinearShape { rows, inputs, outputs } = shape;
         let (dy, weight) = (Matrix::new(dy, outputs), Matrix::new(weight, inputs));
-        self.gemm((dx, inputs), dy, weight, [rows, inputs, outputs], (1.0, 0.0), None);
+        self.gemm((dx, inputs), dy, weight, [rows, inputs, outputs], (1.0, 0.0));
     }
 
     fn linear_backward_weight(
         &self,
-        dweight: Mut<'_, Self>,
+        mut dweight: Mut<'_, Self>,
         dbias: Option<Mut<'_, Self>>,
         dy: Ref<'_, Self>,
         x: Ref<'_, Self>,
@@ -36,9 +37,15 @@ impl Linear for Cuda {
     ) {
         let LinearShape { rows, inputs, outputs } = shape;
         let (left, right) = (Matrix::new(dy, outputs).transposed(), Matrix::new(x, inputs));
-        self.gemm((dweight, inputs), left, right, [outputs, inputs, rows], (1.0, 0.0), None);
-        if let Some(dbias) = dbias {
+        let (size, factors) = ([outputs, inputs, rows], (1.0, 0.0));
+        if let Some(mut dbias) = dbias {
+            // The rows of dyᵀ.
+            let sums = Epilogue::RowSums(dbias.reborrow());
+            if self.gemm_with((dweight.reborrow(), inputs), left, right, size, factors, sums) {
+                return;
+            }
             super::column_sums(self, dbias, dy, rows, outputs, false);
         }
+        self.gemm((dweight, inputs), left, right, size, factors);
     }
 }

@@ -98,14 +98,14 @@ impl Cuda {
             // The squares are those of the smaller side.
             let wide = Matrix::new(x.as_ref(), columns);
             let wide = if rows > columns { wide.transposed() } else { wide };
-            self.gemm((a.reborrow(), small), wide, wide.transposed(), [small, small, large], (1.0, 0.0), None);
+            self.gemm((a.reborrow(), small), wide, wide.transposed(), [small, small, large], (1.0, 0.0));
             self.copy(Stream::Compute, a.as_ref(), b.reborrow());
             let square = Matrix::new(a.as_ref(), small);
-            self.gemm((b.reborrow(), small), square, square, [small; 3], (c5, c3), None);
+            self.gemm((b.reborrow(), small), square, square, [small; 3], (c5, c3));
             self.copy(Stream::Compute, x.as_ref(), y.reborrow());
             let (square, x_as_is) = (Matrix::new(b.as_ref(), small), Matrix::new(x.as_ref(), columns));
             let (left, right) = if rows > columns { (x_as_is, square.transposed()) } else { (square, x_as_is) };
-            self.gemm((y.reborrow(), columns), left, right, [rows, columns, small], (1.0, c1), None);
+            self.gemm((y.reborrow(), columns), left, right, [rows, columns, small], (1.0, c1));
             std::mem::swap(&mut x, &mut y);
         }
         x

@@ -1,10 +1,10 @@
 //! RoPE on a GPU.
 
-use super::{HeadShape, Rotary};
+use super::{HeadShape, Rotary, Rotation};
 use crate::{
     DType,
     backend::{
-        Mut, Ref,
+        Mut,
         cuda::{Cuda, Launch, kernels, warps},
     },
 };
@@ -16,20 +16,12 @@ kernels! { "rotary":
 }
 
 impl Rotary for Cuda {
-    fn rotate(
-        &self,
-        qkv: Mut<'_, Self>,
-        table: Ref<'_, Self>,
-        shape: HeadShape,
-        rows: usize,
-        sequence: usize,
-        start: usize,
-        backward: bool,
-    ) {
+    fn rotate(&self, qkv: Mut<'_, Self>, rotation: Rotation<'_, Self>, shape: HeadShape, backward: bool) {
+        let Rotation { table, sequence, start } = rotation;
         let (width, half) = (shape.row(), shape.head_dim / 2);
-        assert!(qkv.len() == rows * width && 2 * half == shape.head_dim && table.dtype() == DType::F32);
+        assert!(qkv.len().is_multiple_of(width) && 2 * half == shape.head_dim && table.dtype() == DType::F32);
         let heads = (shape.queries() + shape.keys()) / shape.head_dim;
-        let launch = Launch::blocks(rows).threads(warps(heads * half.div_ceil(self.piece())).min(256));
+        let launch = Launch::blocks(qkv.len() / width).threads(warps(heads * half.div_ceil(self.piece())).min(256));
         let (heads, half, width, backward) = (heads as u32, half as u32, width as u32, u32::from(backward));
         rotary(self, launch, qkv, table, heads, half, width, sequence as u32, start as u32, backward);
     }

@@ -216,6 +216,12 @@ TEST(products_refuse) {
     aux.set<int>(7, GELU_AUX);
     aux.set<int64_t>(12, 20);
     EXPECT(aux.choose(a, b, d, other) == 15);
+    // A bias gradient of another type than the result's.
+    Lt sums;
+    sums.set<int>(7, BGRADB);
+    EXPECT(sums.choose(a, b, c, other) == 0);
+    sums.set<int>(26, BF16);
+    EXPECT(sums.choose(a, b, c, other) == 15);
     // An algorithm of another problem, a small workspace, a pointer that is aligned less than was promised.
     EXPECT(lt.choose(a, b, c, other) == 0 && lt.multiply(other, 1, a, b, 0, d, gpu.one) == 7);
     EXPECT(lt.multiply(found, 1, a, b, 0, d, gpu.one, 100) == 7);
