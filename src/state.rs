@@ -169,10 +169,11 @@ impl<B: Backend> State<B> {
     /// element among them. Where a master copy is kept, the part of it that is owned is written, and is to be rounded
     /// ([`State::round`]); what other ranks update is written as forward and backward read it.
     pub fn renew(&mut self, values: Range<usize>) -> Vec<(usize, Mut<'_, B>)> {
-        let Some(master) = &mut self.master else { return vec![(0, self.weights.slice_mut(values))] };
         let (owned, first) = (common(&values, &self.owned), self.owned.start);
+        let master = self.master.as_mut().filter(|_| !owned.is_empty());
+        let Some(master) = master else { return vec![(0, self.weights.slice_mut(values))] };
         let (low, high) = self.weights.view_mut().pair(values.start..owned.start, owned.end..values.end);
-        let own = master.slice_mut(owned.start.max(first) - first..owned.end.max(first) - first);
+        let own = master.slice_mut(owned.start - first..owned.end - first);
         let parts = [(0, low), (owned.start - values.start, own), (owned.end - values.start, high)];
         parts.into_iter().filter(|(_, part)| !part.is_empty()).collect()
     }
