@@ -1,4 +1,4 @@
-# mupscale on NVIDIA's CUDA runtime (cuBLASLt and NVRTC are in it; the driver comes from the host).
+# mupscale on NVIDIA's CUDA runtime (cuBLASLt, NVRTC and NCCL are in it; the driver comes from the host).
 #
 #   docker build --tag mupscale .
 #   docker run --gpus all --volume "$PWD:/data" mupscale doctor
@@ -9,8 +9,9 @@ WORKDIR /src
 COPY . .
 RUN cargo build --release --locked --bins
 
-FROM nvidia/cuda:13.0.1-runtime-ubuntu22.04
-COPY --from=build /src/target/release/mupscale /usr/local/bin/
+FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
+COPY --from=build /src/target/release/mupscale /src/target/release/mupscale-launch \
+  /src/target/release/mupscale-convert /usr/local/bin/
 COPY LICENSE-MIT LICENSE-APACHE /usr/share/doc/mupscale/
 WORKDIR /data
 ENTRYPOINT ["mupscale"]

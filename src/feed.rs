@@ -8,6 +8,7 @@ use crate::{
         Batch, MicroBatch,
         plan::{Plan, Planned, Slot},
     },
+    trace::{self, Lane},
 };
 
 /// A micro-batch on the host.
@@ -257,7 +258,9 @@ impl<B: Backend> Feed<B> {
     pub fn train(&mut self, backend: &B, firsts: impl IntoIterator<Item = u64>) -> Result<()> {
         self.turn(backend)?;
         for (i, first) in firsts.into_iter().enumerate() {
+            let reading = trace::span(Lane::Host, "read a batch");
             self.samples.train(first, &mut self.host);
+            drop(reading);
             self.upload(backend, i);
         }
         self.hand_over(backend);
@@ -303,6 +306,7 @@ impl<B: Backend> Feed<B> {
         let Part { batches, stage, .. } = &mut self.parts[self.current];
         let batch = &mut batches[index];
         let mut at = index * bytes_of_batch(batch);
+        let _copy = backend.span(Stream::Copy, Lane::Copy, "batch to the device");
         let mut put = |from: &[u8], to: &mut Tensor<B>| {
             let range = at..at + from.len();
             stage.bytes_mut()[range.clone()].copy_from_slice(from);

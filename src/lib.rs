@@ -15,7 +15,7 @@
 //!
 //! | layer | modules | what they know |
 //! |---|---|---|
-//! | 0 | [`dims`], [`dtype`], [`error`], [`rng`], [`machine`] | axes by name, element types, what can fail, random numbers, the system |
+//! | 0 | [`dims`], [`dtype`], [`error`], [`rng`], [`machine`], [`trace`] | axes by name, element types, what can fail, random numbers, the system, where time goes |
 //! | 1 | [`backend`] (cpu, cuda), [`comm`] | a device's memory, streams, copies; how kernels load and launch; sums between ranks |
 //! | 2 | [`ops`] | one stem an operation: contract, CPU code, tests, launcher; its device code is `kernels/` of the same stem |
 //! | 3 | [`model`], [`mup`] | the parameter table, forward and backward; factors as pure arithmetic |
@@ -75,6 +75,7 @@ pub mod run;
 pub mod schedule;
 pub mod selftest;
 pub mod state;
+pub mod trace;
 pub mod trainer;
 pub mod upscale;
 pub mod widen;

@@ -32,6 +32,7 @@ use crate::{
     },
     schedule,
     state::{Meaning, Position, State, StateSlots},
+    trace::{self, Lane},
 };
 use graphs::Work;
 use results::Pending;
@@ -187,6 +188,7 @@ impl<B: Ops> Trainer<B> {
     pub fn collect(&mut self) -> Result<Option<StepResult>> {
         let Some(mut pending) = self.ring.pop_front() else { return Ok(None) };
         if let Some(event) = pending.event.take() {
+            let _wait = trace::span(Lane::Host, "wait for results");
             self.backend.synchronize(&event)?;
         }
         let result = pending.result(self.ring.front().map_or_else(Instant::now, |next| next.begun));

@@ -5,10 +5,14 @@
 
 use crate::{
     DType, Error, Result,
-    data::output::Partial,
+    data::{
+        mapped::{map_file, release},
+        output::Partial,
+    },
     dtype::convert,
     mup::{Factors, Ratios, Rule},
 };
+use memmap2::Mmap;
 use safetensors::{
     SafeTensors,
     tensor::{Metadata, TensorInfo, TensorView},
@@ -17,8 +21,9 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{BufWriter, Write},
-    path::Path,
+    io::{self, BufWriter, Write},
+    ops::Range,
+    path::{Path, PathBuf},
 };
 
 /// What a matrix does, where its shape does not tell.
@@ -175,27 +180,55 @@ impl Growth {
         self.axes.iter().flatten().all(|b| b.1 == 1)
     }
 
-    /// For each element of the wide tensor, in flat order, the narrow one's that it copies.
-    fn sources(&self) -> Vec<usize> {
-        let mut map = vec![0];
-        for &(size, times) in self.axes.iter().flatten() {
-            map = map.iter().flat_map(|&outer| (0..size * times).map(move |i| outer * size + i / times)).collect();
-        }
-        map
+    /// Writes factor · repeat(values), in their own type, a chunk at a time.
+    fn widen(&self, bytes: &[u8], dtype: DType, factor: f64, out: &mut impl Write) -> io::Result<()> {
+        let blocks: Vec<_> = self.axes.iter().flatten().copied().collect();
+        let (size, mut chunk) = (dtype.size(), Vec::with_capacity(CHUNK));
+        runs(&blocks, 0, &mut |elements, times| {
+            let source = &bytes[elements.start * size..elements.end * size];
+            match times {
+                1 => chunk.extend_from_slice(source),
+                _ => source.chunks_exact(size).for_each(|x| (0..times).for_each(|_| chunk.extend_from_slice(x))),
+            }
+            if chunk.len() >= CHUNK {
+                scale(&mut chunk, dtype, factor);
+                out.write_all(&chunk)?;
+                chunk.clear();
+            }
+            Ok(())
+        })?;
+        scale(&mut chunk, dtype, factor);
+        out.write_all(&chunk)
     }
+}
 
-    /// factor · repeat(values), in their own type.
-    fn widen(&self, bytes: &[u8], dtype: DType, factor: f64) -> Vec<u8> {
-        let size = dtype.size();
-        let mut wide: Vec<u8> =
-            self.sources().into_iter().flat_map(|i| bytes[i * size..(i + 1) * size].iter().copied()).collect();
-        if factor != 1.0 {
-            let mut values = vec![0.0f64; wide.len() / size];
-            convert(&wide, dtype, bytemuck::cast_slice_mut(&mut values), DType::F64);
-            values.iter_mut().for_each(|x| *x *= factor);
-            convert(bytemuck::cast_slice(&values), DType::F64, &mut wide, dtype);
+/// Bytes that are widened before they are written.
+const CHUNK: usize = 1 << 20;
+/// Elements of a run, at most.
+const RUN: usize = 1 << 10;
+
+/// Tells which elements stand in the wide tensor, in flat order: runs of elements, each of them so many times in a row.
+fn runs(
+    blocks: &[(usize, usize)],
+    base: usize,
+    tell: &mut impl FnMut(Range<usize>, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    match blocks {
+        [] => tell(base..base + 1, 1),
+        [(size, times)] => {
+            (0..*size).step_by(RUN).try_for_each(|i| tell(base * size + i..base * size + (i + RUN).min(*size), *times))
         }
-        wide
+        [(size, times), rest @ ..] => (0..size * times).try_for_each(|i| runs(rest, base * size + i / times, tell)),
+    }
+}
+
+/// Multiplies elements, rounded once.
+fn scale(bytes: &mut [u8], dtype: DType, factor: f64) {
+    if factor != 1.0 {
+        let mut values = vec![0.0f64; bytes.len() / dtype.size()];
+        convert(bytes, dtype, bytemuck::cast_slice_mut(&mut values), DType::F64);
+        values.iter_mut().for_each(|x| *x *= factor);
+        convert(bytemuck::cast_slice(&values), DType::F64, bytes, dtype);
     }
 }
 
@@ -210,20 +243,35 @@ const MOMENTS: [(&str, Factor); 4] = [
 /// Which factor a moment takes.
 type Factor = fn(&Factors) -> f64;
 
-/// Tensors of a safetensors file.
+/// A safetensors file, mapped into memory.
+pub struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl TensorFile {
+    /// Maps a file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self { path: path.into(), map: map_file(path)? })
+    }
+
+    /// Its tensors.
+    pub fn tensors(&self) -> Result<Tensors<'_>> {
+        let tensors = SafeTensors::deserialize(&self.map).map_err(|e| {
+            Error::file(&self.path, format!("is no whole safetensors file ({e}); save or copy it again"))
+        })?;
+        Ok(Tensors { file: self, path: &self.path, tensors })
+    }
+}
+
+/// Tensors of a safetensors file. They are read one by one, and their pages given back.
 pub struct Tensors<'a> {
+    file: &'a TensorFile,
     path: &'a Path,
     tensors: SafeTensors<'a>,
 }
 
-impl<'a> Tensors<'a> {
-    /// Reads a file's content.
-    pub fn new(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
-        let tensors = SafeTensors::deserialize(bytes)
-            .map_err(|e| Error::file(path, format!("is no whole safetensors file ({e}); save or copy it again")))?;
-        Ok(Self { path, tensors })
-    }
-
+impl Tensors<'_> {
     /// Names and shapes, sorted by name.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         self.tensors.iter().map(|(name, view)| (name.to_string(), view.shape().to_vec())).collect()
@@ -289,11 +337,13 @@ impl<'a> Tensors<'a> {
         file.write_all(&length).and_then(|()| file.write_all(&json)).map_err(Error::io("write", path))?;
         for job in jobs {
             let view = self.tensors.tensor(job.name).map_err(|e| invalid(&e))?;
-            let bytes = match job.plan {
-                Some((growth, factor)) => growth.widen(view.data(), job.dtype, factor),
-                None => view.data().to_vec(),
+            let written = match job.plan {
+                Some((growth, factor)) => growth.widen(view.data(), job.dtype, factor, &mut file),
+                None => file.write_all(view.data()),
             };
-            file.write_all(&bytes).map_err(Error::io("write", path))?;
+            written.map_err(Error::io("write", path))?;
+            let start = view.data().as_ptr() as usize - self.file.map.as_ptr() as usize;
+            release(&self.file.map, start..start + view.data().len());
         }
         file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::io("write", path))?;
         partial.publish()
@@ -311,6 +361,24 @@ struct Job<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tensor_is_widened_in_chunks_as_at_once() {
+        // Larger than a chunk, runs longer than RUN, and rows that are repeated.
+        let (rows, columns) = (3, 5000);
+        let growth = Growth::between("x", &[rows, columns], &[6, 15000], Role::Weight).unwrap();
+        let values: Vec<f64> = (0..rows * columns).map(|i| i as f64).collect();
+        let mut written = Vec::new();
+        growth.widen(bytemuck::cast_slice(&values), DType::F64, 1.0, &mut written).unwrap();
+        let expected: Vec<f64> =
+            (0..6).flat_map(|r| (0..15000).map(move |c| (r / 2 * columns + c / 3) as f64)).collect();
+        assert!(bytemuck::pod_collect_to_vec::<u8, f64>(&written) == expected);
+        // A vector that stays as it is, longer than a run.
+        let growth = Growth::between("x", &[5000], &[5000], Role::Weight).unwrap();
+        let mut written = Vec::new();
+        growth.widen(bytemuck::cast_slice(&values[..5000]), DType::F64, 1.0, &mut written).unwrap();
+        assert!(written == bytemuck::cast_slice::<f64, u8>(&values[..5000]));
+    }
 
     #[test]
     fn patterns_fit_whole_names() {
@@ -331,7 +399,11 @@ mod tests {
         .unwrap();
         let growth = spec.growth("x", &[4, 1]).unwrap();
         assert_eq!((growth.shape(), growth.ratios.k_out, growth.ratios.k_in), (vec![24, 1], 6.0, 1.0));
-        assert_eq!(growth.sources(), [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 2, 2, 2, 3, 3, 3]);
+        let wide = [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 2, 2, 2, 3, 3, 3];
+        let mut written = Vec::new();
+        let values: [f32; 4] = [0.0, 1.0, 2.0, 3.0];
+        growth.widen(bytemuck::cast_slice(&values), DType::F32, 0.5, &mut written).unwrap();
+        assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&written), wide.map(|x| x as f32 / 2.0));
         for shape in [&[3, 1][..], &[4], &[4, 1, 1]] {
             assert!(spec.growth("x", shape).unwrap_err().to_string().contains("the axes of x"));
         }

@@ -50,6 +50,7 @@ fn the_commands_have_the_options_that_users_were_promised() {
         ("generate", "--prompt --tokens --temperature --top-k --top-p --seed --json"),
         ("eval", "--part --tokenizer --json"),
         ("inspect", "--json"),
+        ("checkpoint merge", "--out --weights --force"),
         ("data tokenize", "--out --tokenizer --val-fraction --force --json"),
         ("data train-tokenizer", "--out --vocab --force --json"),
         ("data synth", "--bytes --seed --force --json"),
@@ -125,6 +126,103 @@ fn a_run_folder_holds_what_the_manual_says() {
     // Keep-every keeps what keep-last would not.
     place.ok("train -c run.toml --set run=k --set steps=9 --set checkpoint={every=1,keep_last=1,keep_every=4}");
     assert_eq!(place.names("k/checkpoints"), ["step-00000004", "step-00000008", "step-00000009"]);
+}
+
+#[test]
+fn checkpoints_are_the_same_behind_training_and_before_it() {
+    let place = Place::new();
+    let train = |run: &str, more: &str| {
+        place.ok(&format!("train -c run.toml --set run={run} --set checkpoint={{every=1,keep_last=0{more}}}"));
+        String::from_utf8(place.read(&format!("{run}/log.txt"))).unwrap()
+    };
+    let (behind, waits) = ("written behind training, from a copy of", "training waits while a checkpoint is written");
+    let logs = [("auto", ""), ("always", ",background=true"), ("never", ",background=false")]
+        .map(|(run, more)| (run, train(run, more)));
+    for (run, log) in &logs {
+        let (says, not) = if *run == "never" { (waits, behind) } else { (behind, waits) };
+        assert!(log.contains(says) && !log.contains(not), "{run}: {log}");
+        assert_eq!(log.matches("training paused for").count(), 4, "{run}: {log}");
+        for step in 1..=4 {
+            let files = ["model.safetensors", "optimizer.safetensors", "index.json"];
+            for file in files.map(|file| format!("checkpoints/step-{step:08}/{file}")) {
+                assert!(place.read(&format!("{run}/{file}")) == place.read(&format!("never/{file}")), "{run}: {file}");
+            }
+        }
+    }
+    // No room beside the model itself: the choice of a machine that has more.
+    let need = place.ok("train -c run.toml --set run=tight --set memory.limit=1 --set checkpoint.every=1");
+    assert!(need.err.contains(behind), "{}", need.err);
+    let wide = "--set run=full --set model.residual=96 --set memory={limit=3,recompute='none'} --set steps=2";
+    let full = place.run(&format!("train -c run.toml {wide} --set checkpoint.every=1"));
+    assert!(full.code == 0 && full.err.contains("a copy takes") && full.err.contains(waits), "{}", full.err);
+    place.refuses("train -c run.toml --set run=x --set checkpoint.background=maybe", &["maybe", "auto", "false"]);
+}
+
+#[test]
+fn merging_gives_one_file_of_all_tensors() {
+    use safetensors::SafeTensors;
+    let place = Place::new();
+    let said = place.ok("checkpoint merge base -o all.safetensors");
+    assert!(said.out.contains("all.safetensors: ") && said.out.contains("tensors, "), "{}", said.out);
+    let folder = "base/checkpoints/step-00000004";
+    let [all, model, optimizer] =
+        ["all.safetensors".into(), format!("{folder}/model.safetensors"), format!("{folder}/optimizer.safetensors")]
+            .map(|name: String| place.read(&name));
+    let [all, model, optimizer] = [&all, &model, &optimizer].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    assert_eq!(all.len(), model.len() + optimizer.len());
+    for (name, view) in model.iter().chain(optimizer.iter()) {
+        let merged = all.tensor(name).unwrap();
+        assert!((merged.dtype(), merged.shape(), merged.data()) == (view.dtype(), view.shape(), view.data()), "{name}");
+    }
+    place.ok(&format!("checkpoint merge {folder} -o weights.safetensors --weights"));
+    let weights = place.read("weights.safetensors");
+    assert_eq!(SafeTensors::deserialize(&weights).unwrap().len(), model.len());
+    place.refuses("checkpoint merge base -o weights.safetensors", &["weights.safetensors", "--force"]);
+
+    // The same tensors in two shards, one of a type that no model of ours has, and an index, as the hub has them.
+    fs::create_dir(place.join("hub")).unwrap();
+    let names: Vec<&str> = model.names().into_iter().collect();
+    let flag = safetensors::tensor::TensorView::new(safetensors::Dtype::BOOL, vec![2], &[0, 1]).unwrap();
+    let (first, second) = names.split_at(names.len() / 2);
+    let mut map = serde_json::Map::new();
+    for (file, names) in [("a-1.safetensors", first), ("a-2.safetensors", second)] {
+        let own = names.iter().map(|name| (*name, model.tensor(name).unwrap()));
+        let own: Vec<_> = own.chain((names == second).then(|| ("flag", flag.clone()))).collect();
+        map.extend(own.iter().map(|(name, _)| (name.to_string(), file.into())));
+        let remarks = [("format".to_string(), "pt".to_string())].into();
+        place.write(&format!("hub/{file}"), safetensors::serialize(own, Some(remarks)).unwrap());
+    }
+    place.ok("checkpoint merge hub -o whole.safetensors");
+    let index = |map: &serde_json::Map<String, Value>| serde_json::json!({ "weight_map": map }).to_string();
+    place.write("hub/a.safetensors.index.json", index(&map));
+    place.ok("checkpoint merge hub -o indexed.safetensors");
+    let whole = place.read("whole.safetensors");
+    assert!(whole == place.read("indexed.safetensors"));
+    let found = SafeTensors::deserialize(&whole).unwrap();
+    assert!(found.len() == model.len() + 1 && found.tensor("flag").unwrap().data() == [0, 1]);
+    assert!(model.iter().all(|(name, view)| found.tensor(name).unwrap().data() == view.data()));
+    let (_, metadata) = SafeTensors::read_metadata(&whole).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+
+    // What is not whole is not merged.
+    let merge = "checkpoint merge hub -o x.safetensors";
+    map.insert("lost".into(), "a-1.safetensors".into());
+    place.write("hub/a.safetensors.index.json", index(&map));
+    place.refuses(merge, &["a-1.safetensors", "lost", "missing"]);
+    map.insert("lost".into(), "../base.safetensors".into());
+    place.write("hub/a.safetensors.index.json", index(&map));
+    place.refuses(merge, &["lost", "outside"]);
+    fs::remove_file(place.join("hub/a.safetensors.index.json")).unwrap();
+    fs::copy(place.join("hub/a-1.safetensors"), place.join("hub/b.safetensors")).unwrap();
+    place.refuses(merge, &["b.safetensors", "a-1.safetensors too"]);
+    place.write("hub/b.safetensors", "no safetensors");
+    place.refuses(merge, &["b.safetensors", "no whole safetensors file"]);
+    let tensors = place.join(folder).join("model.safetensors");
+    let mut bytes = fs::read(&tensors).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&tensors, bytes).unwrap();
+    place.refuses("checkpoint merge base -o x.safetensors", &["checksum is wrong"]);
+    place.refuses("checkpoint merge data -o x.safetensors", &["no checkpoint and no *.safetensors"]);
 }
 
 #[test]
@@ -313,4 +411,15 @@ fn a_closed_pipe_ends_quietly() {
         assert!(!said.contains("panicked") && !said.contains("error"), "{line}: {said}");
         assert_eq!(output.status.code(), Some(141), "{line}");
     }
+}
+
+#[test]
+fn bad_lines_are_counted_in_the_result() {
+    let place = Place::empty();
+    place.write("lines.jsonl", "{\"text\": \"one\"}\n{broken\n{\"text\": \"two\"}\n{\"text\": 3}\n");
+    place.refuses("data tokenize lines.jsonl --out data", &["lines.jsonl", "line 2"]);
+    let said = place.ok("data tokenize lines.jsonl --out data --skip-bad --json");
+    assert_eq!((&said.json()["skipped_lines"], &said.json()["text_bytes"]), (&2.into(), &6.into()));
+    let shown = place.ok("data inspect data").out;
+    assert!(shown.contains("bytes_per_token = 1.0") && shown.contains("share"), "{shown}");
 }

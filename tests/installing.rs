@@ -37,3 +37,50 @@ fn the_program_needs_no_new_glibc() {
     // What is no program is refused, so the check can fail.
     assert!(!check(script).status.success());
 }
+
+/// The instructions of the Dockerfile, continued lines joined: their name and what follows.
+fn dockerfile() -> Vec<(String, String)> {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile")).unwrap();
+    let text = text.replace("\\\n", " ");
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let split = |line: &str| line.split_once(' ').map(|(name, rest)| (name.to_string(), rest.trim().to_string()));
+    lines.map(|line| split(line).unwrap_or_else(|| panic!("no instruction: {line}"))).collect()
+}
+
+/// Where no Docker is, its form at least: known instructions, images of one version, files that are there, a program that
+/// the build makes, and a C library in the image that is no older than the one it was built with.
+#[test]
+fn the_dockerfile_is_well_formed() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let known = ["FROM", "WORKDIR", "COPY", "RUN", "ENTRYPOINT", "CMD"];
+    let (mut stages, mut bases) = (Vec::new(), Vec::new());
+    for (name, rest) in dockerfile() {
+        assert!(known.contains(&name.as_str()), "{name} is no instruction that this test knows");
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        match (name.as_str(), &words[..]) {
+            ("FROM", [image, alias @ ..]) => {
+                let (_, tag) = image.rsplit_once(':').unwrap_or_else(|| panic!("{image} has no tag"));
+                assert!(tag.contains('.') && !tag.contains("latest"), "{image}: a tag names a version");
+                bases.push(image.to_string());
+                stages.extend(alias.get(1).map(|alias| alias.to_string()));
+            }
+            ("COPY", [from, files @ .., _]) if from.starts_with("--from=") => {
+                assert!(stages.contains(&from["--from=".len()..].to_string()), "{from} is no stage");
+                for file in files {
+                    let program = file.strip_prefix("/src/target/release/").unwrap_or_else(|| panic!("{file}"));
+                    let manifest = include_str!("../Cargo.toml");
+                    assert!(manifest.contains(&format!("name = \"{program}\"")), "{program} is not built");
+                }
+            }
+            ("COPY", [files @ .., _]) => files.iter().for_each(|file| assert!(root.join(file).exists(), "no {file}")),
+            ("ENTRYPOINT" | "CMD", _) => {
+                let list: Vec<String> = serde_json::from_str(&rest).unwrap_or_else(|e| panic!("{name} {rest}: {e}"));
+                assert!(!list.is_empty());
+            }
+            _ => {}
+        }
+    }
+    let rust = include_str!("../Cargo.toml").lines().find_map(|line| line.strip_prefix("rust-version = \"")).unwrap();
+    assert_eq!(bases[0], format!("rust:{}-bullseye", rust.trim_end_matches('"')), "the version that Cargo.toml names");
+    assert!(bases[1].starts_with("nvidia/cuda:13.") && bases[1].contains("-runtime-ubuntu"), "{}", bases[1]);
+}

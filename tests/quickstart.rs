@@ -49,6 +49,7 @@ impl Quickstart {
         let loss = |record| match record {
             Record::Step(r) => r.loss,
             Record::Validation(r) => r.loss,
+            Record::Sample(_) => panic!("a quickstart writes no texts"),
         };
         records.into_iter().map(loss).collect()
     }

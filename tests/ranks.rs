@@ -75,7 +75,10 @@ fn zero_changes_nothing() {
     for (optimizer, world) in [("adamw", 3), ("muon", 2), ("lion", 4)] {
         let [on, off] = ["true", "false"].map(|zero| {
             let run = format!("{optimizer}-{zero}");
-            let more = format!("--set optimizer.kind={optimizer} --set comm.zero={zero} --set validation.every=3");
+            // Texts that rank 0 writes show whether it has everybody's weights.
+            let samples = "--set samples.every=1 --set samples.tokens=40 --set samples.temperature=1.5";
+            let more =
+                format!("--set optimizer.kind={optimizer} --set comm.zero={zero} --set validation.every=3 {samples}");
             let said = ok(&place, &train(&run, &more), world);
             assert_eq!(said[0].err.contains("ZeRO: of"), zero == "true", "{}", said[0].err);
             essence(&place.join(&run), STEPS)
@@ -172,8 +175,9 @@ fn ranks_that_differ_are_refused_with_one_message() {
     refused([&place, &elsewhere, &place], [&good; 3], &["rank 1 has another fingerprint of the data than rank 0"]);
     let few = train("r", "--set batch.micro_batches=2");
     refused(here, [&few; 3], &["batch.micro_batches = 2", "3 ranks"]);
-    let measuring = train("r", "--set autotune=true");
-    refused(here, [&measuring; 3], &["autotune", "one process"]);
+    // This one is found only when the rank is about to compute.
+    let many = train("r", "--set threads=100000");
+    refused(here, [&good, &many, &good], &["threads = 100000"]);
     let broken = train("r", "--set data.path=nowhere");
     refused(here, [&good, &broken, &good], &["nowhere"]);
     let half = train("r", "--set comm.reduction=bf16");
@@ -210,4 +214,71 @@ fn variables_that_make_no_sense_are_named() {
     let said = Said::new(command.env_remove("LOCAL_RANK").output().unwrap());
     assert_eq!(said.code, 2);
     assert!(said.err.contains("LOCAL_RANK = (not set)") && said.err.contains("PyTorchJob"), "{}", said.err);
+}
+
+/// The spans of a trace on one lane of a rank: name, beginning and end in seconds, in the order of their beginnings.
+fn spans(trace: &serde_json::Value, rank: usize, lane: &str) -> Vec<(String, f64, f64)> {
+    let events = trace["traceEvents"].as_array().unwrap().iter();
+    let here = events.filter(|e| e["ph"] == "X" && e["pid"] == rank && e["cat"] == lane);
+    let span = |e: &serde_json::Value| {
+        let (at, long) = (e["ts"].as_f64().unwrap() / 1e6, e["dur"].as_f64().unwrap() / 1e6);
+        (e["name"].as_str().unwrap().to_string(), at, at + long)
+    };
+    let mut spans: Vec<_> = here.map(span).collect();
+    spans.sort_by(|a, b| a.1.total_cmp(&b.1));
+    spans
+}
+
+#[test]
+fn a_trace_shows_sums_beside_backward() {
+    let place = Place::new();
+    let model = "--set model.layers=4 --set model.residual=128 --set batch.size=16 --set validation.every=0";
+    let traced = format!("{model} --set steps=6 --trace trace.json --trace-steps 2..4");
+    ok(&place, &train("r", &traced), 2);
+    let trace: serde_json::Value = serde_json::from_slice(&place.read("trace.json")).unwrap();
+    for rank in 0..2 {
+        let named = |lane: &str, name: &str| {
+            let all = spans(&trace, rank, lane);
+            all.into_iter().filter(|span| span.0.starts_with(name)).collect::<Vec<_>>()
+        };
+        let mut backward = named("compute", "backward");
+        backward.retain(|span| span.0 == "backward");
+        let sums = named("communication", "sum of");
+        // Three steps of four micro-batches; a sum for each of six groups, and for the losses.
+        assert_eq!((backward.len(), sums.len()), (3 * 4, 3 * 7), "rank {rank}");
+        assert_eq!(named("compute", "update").len(), 3);
+        assert!(!named("copy", "batch").is_empty() && !named("saving", "checkpoint").is_empty());
+        let last = backward.chunks(4).map(|step| (step[0].1, step[3].1, step[3].2));
+        let within = |from: f64, to: f64| sums.iter().filter(|sum| sum.1 > from && sum.1 < to).count();
+        let beside = last.clone().filter(|&(_, begin, end)| within(begin, end) > 0).count();
+        // One at least, however late a busy machine wakes the thread that communicates.
+        assert!(beside > 0, "rank {rank}: no sum begins within a backward pass: {backward:?} {sums:?}");
+        let early = last.map(|(first, begin, _)| within(first, begin)).sum::<usize>();
+        assert_eq!(early, 0, "micro-batches are summed here before ranks are");
+    }
+}
+
+#[test]
+fn sums_over_ranks_are_measured() {
+    let place = Place::empty();
+    let line = "bench comm --device cpu --threads 1 --smallest 4096 --largest 65536 --calls 2 --json";
+    let said = ok(&place, line, 3);
+    let found = said[0].json();
+    assert_eq!((&found["ranks"], &found["over"]), (&3.into(), &"tcp".into()), "{found}");
+    let sizes = found["sizes"].as_array().unwrap();
+    assert_eq!(sizes.iter().map(|size| size["bytes"].as_u64().unwrap()).collect::<Vec<_>>(), [4096, 16384, 65536]);
+    for size in sizes {
+        let number = |name: &str| size[name].as_f64().unwrap();
+        let speed = number("bytes") / number("ms") / 1e6;
+        assert!((number("algorithm_gb_per_second") / speed - 1.0).abs() < 1e-9, "{size}");
+        // nccl-tests: 2(n-1)/n.
+        assert!((number("bus_gb_per_second") / speed - 4.0 / 3.0).abs() < 1e-9, "{size}");
+    }
+    assert!(
+        place
+            .ok("bench comm --device cpu --threads 1 --largest 65536 --calls 1")
+            .out
+            .contains("ranks: 1, on a host 1, over nothing")
+    );
+    place.refuses("bench comm --device cpu --smallest 4", &["--smallest = 4"]);
 }

@@ -8,7 +8,7 @@ use std::{
 
 /// Modules of the crate from the ground up; a module imports from its own line or from lines above it.
 const LAYERS: [&[&str]; 12] = [
-    &["error", "dtype", "dims", "rng", "machine"],
+    &["error", "dtype", "dims", "rng", "machine", "trace"],
     &["backend", "comm"],
     &["ops"],
     &["mup", "model"],

@@ -2,7 +2,10 @@
 
 mod command;
 
-use command::Place;
+use command::{
+    Place, essence,
+    ranks::{end, start_ranks},
+};
 use serde_json::{Value, json};
 use std::process::{Command, Stdio};
 
@@ -27,28 +30,55 @@ fn two_runs() -> Place {
     place
 }
 
+/// What a browser makes of a page, with these flags; up to the page's own script, which stands behind what it draws.
+fn drawn(browser: &str, place: &Place, page: &str, flags: &[&str]) -> String {
+    let usual = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"];
+    let page = format!("file://{}", place.join(page).display());
+    let profile = format!("--user-data-dir={}", place.join("profile").display());
+    let mut command = Command::new(browser);
+    command.args(usual).args(flags).args([profile, page]).stdin(Stdio::null());
+    let drawn = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    let (drawn, _) = drawn.split_once("<script").unwrap_or_else(|| panic!("no page: {drawn}"));
+    drawn.to_string()
+}
+
 #[test]
 fn a_browser_draws_the_report() {
     let place = two_runs();
     place.ok("report runs --out page.html --title A<B");
     place.refuses("report runs --out page.html", &["exists already"]);
     let Some(browser) = browser() else {
-        eprintln!("skipped: there is no Chromium here to open the page in (MUPSCALE_BROWSER names one)");
+        let missing = "there is no Chromium here to open the page in (MUPSCALE_BROWSER names one)";
+        assert!(std::env::var_os("MUPSCALE_REQUIRE_BROWSER").is_none(), "{missing}");
+        eprintln!("skipped: {missing}");
         return;
     };
-    let flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"];
-    let page = format!("file://{}", place.join("page.html").display());
-    let profile = format!("--user-data-dir={}", place.join("profile").display());
-    let drawn = Command::new(browser).args(flags).args([profile, page]).stdin(Stdio::null()).output().unwrap();
-    let drawn = String::from_utf8(drawn.stdout).unwrap();
-    // The script's own text stands in the page too, behind what it draws.
-    let (drawn, _) = drawn.split_once("<script").unwrap_or_else(|| panic!("no page: {drawn}"));
-    assert!(!drawn.contains("nothing to draw"), "{drawn}");
+    let page = drawn(&browser, &place, "page.html", &[]);
+    assert!(!page.contains("nothing to draw"), "{page}");
     // Six charts of two runs, and the held-out losses of both (each validates at its end).
-    assert_eq!(drawn.matches("<polyline").count(), 6 * 2 + 2);
+    assert_eq!(page.matches("<polyline").count(), 6 * 2 + 2);
     for part in ["<h1>A&lt;B</h1>", ">optimizer.lr<", "The &lt;b&gt;", "4 of 4", ">FLOPs<"] {
-        assert!(drawn.contains(part), "no {part} in {drawn}");
+        assert!(page.contains(part), "no {part} in {page}");
     }
+    // The page tells how it looks: its background, its width, and the width that there is.
+    let told = "<script>document.body.dataset.look = [getComputedStyle(document.body).backgroundColor, \
+                document.documentElement.scrollWidth, innerWidth].join(' ')</script></body>";
+    place.write("told.html", String::from_utf8(place.read("page.html")).unwrap().replace("</body>", told));
+    let look = |flags: &[&str]| {
+        let page = drawn(&browser, &place, "told.html", flags);
+        let look = page.split_once("data-look=\"").unwrap_or_else(|| panic!("{page}")).1.split_once('"').unwrap().0;
+        (look.to_string(), page)
+    };
+    let (light, page) = look(&["--window-size=1200,900"]);
+    assert!(light.starts_with("rgb(246, 248, 250)") && page.contains("stroke=\"#0072b2\""), "{light}: {page}");
+    let (dark, page) = look(&["--window-size=1200,900", "--force-dark-mode"]);
+    assert!(dark.starts_with("rgb(13, 17, 23)") && page.contains("stroke=\"#56b4e9\""), "{dark}: {page}");
+    let (phone, page) = look(&["--window-size=390,844"]);
+    let widths: Vec<u32> = phone.rsplit(' ').take(2).map(|n| n.parse().unwrap()).collect();
+    assert!(widths[0] <= 500 && widths[1] <= widths[0], "wider than the screen: {phone}");
+    // Charts are drawn for the screen, not scaled down to it: so their text stays readable.
+    let chart = page.split_once("viewBox=\"0 0 ").unwrap().1.split_once(' ').unwrap().0;
+    assert!(chart.parse::<u32>().unwrap() < widths[0], "{chart} of {phone}");
 }
 
 #[test]
@@ -80,6 +110,73 @@ fn a_resumed_run_goes_on_in_a_new_event_file() {
     std::fs::remove_dir_all(place.join("r/checkpoints/step-00000004")).unwrap();
     place.ok("resume r");
     assert_eq!(events("r"), 2);
+}
+
+/// The texts of `[samples]` in a run's metrics: step, prompt, text.
+fn written(place: &Place, run: &str) -> Vec<(u64, String, String)> {
+    let text = String::from_utf8(place.read(&format!("{run}/metrics.jsonl"))).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let string = |value: &Value| value.as_str().unwrap().to_string();
+    lines
+        .filter(|line| line["kind"] == "sample")
+        .map(|line| (line["step"].as_u64().unwrap(), string(&line["prompt"]), string(&line["text"])))
+        .collect()
+}
+
+const SAMPLES: &str = "[samples]\nevery = 2\nprompts = ['The ', '']\ntokens = 9\ntemperature = 1.5\nseed = 3\n";
+
+/// Writing on the way: what `generate` would write from the checkpoint of that step, and training goes on as without.
+#[test]
+fn a_run_writes_as_its_checkpoints_do_and_trains_as_if_it_had_not() {
+    let place = Place::new();
+    let config = String::from_utf8(place.read("run.toml")).unwrap();
+    place.write("samples.toml", config + SAMPLES);
+    place.ok("train -c run.toml --set run=without");
+    place.ok("train -c samples.toml --set run=with");
+    let (without, with) = (essence(&place.join("without"), 4), essence(&place.join("with"), 4));
+    assert!(without.0 == with.0 && without.1 == with.1, "writing changed what was trained");
+    let texts = written(&place, "with");
+    assert_eq!(
+        texts.iter().map(|t| (t.0, t.1.as_str())).collect::<Vec<_>>(),
+        [(2, "The "), (2, ""), (4, "The "), (4, "")]
+    );
+    place.write("prompts.jsonl", "{\"prompt\": \"The \"}\n{\"prompt\": \"\"}\n");
+    for step in [2, 4] {
+        let line = format!("generate with/checkpoints/step-{step:08} --prompts prompts.jsonl --tokens 9");
+        let said = place.ok(&format!("{line} --temperature 1.5 --seed 3")).out;
+        let lines = said.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let expected: Vec<_> = lines.map(|line| line["text"].as_str().unwrap().to_string()).collect();
+        let found: Vec<_> = texts.iter().filter(|t| t.0 == step).map(|t| t.2.clone()).collect();
+        assert_eq!(found, expected, "step {step}");
+    }
+    // A run that goes on keeps the texts up to its checkpoint, and writes the others again.
+    place.ok("train -c samples.toml --set run=on");
+    std::fs::remove_dir_all(place.join("on/checkpoints/step-00000004")).unwrap();
+    place.ok("resume on");
+    assert!(essence(&place.join("on"), 4) == with, "resumed, it is another run");
+    // One of two ranks writes.
+    let line = "train -c samples.toml --set batch.micro_batches=2";
+    place.ok(&format!("{line} --set run=alone"));
+    start_ranks(2, |_| place.command(&format!("{line} --set run=both"))).into_iter().map(end).for_each(|said| {
+        assert_eq!(said.code, 0, "{}", said.err);
+    });
+    assert_eq!(written(&place, "both"), written(&place, "alone"));
+    assert!(place.ok("watch with").out.contains("step 4 writes: The"));
+    place.ok("report with --out page.html");
+    let page = String::from_utf8(place.read("page.html")).unwrap();
+    assert!(page.contains(r#""step":2,"prompt":"The ""#), "{page}");
+}
+
+#[test]
+fn samples_that_cannot_be_written_are_refused() {
+    let place = Place::new();
+    let run = |sets: &str| format!("train -c run.toml --set run=x --set samples.every=2 {sets}");
+    place.refuses(&run("--set samples.temperature=-1"), &["samples.temperature = -1"]);
+    place.refuses(&run("--set samples.top_p=0"), &["samples.top_p = 0"]);
+    place.refuses(&run("--set samples.prompts=[]"), &["samples.prompts", "start of a document"]);
+    place.refuses(&run("--set samples.prompt=x"), &["did you mean `prompts`"]);
+    place.refuses(&run("--set data.path=data/train_000000.bin"), &["samples.every = 2", "no tokenizer"]);
+    place.refuses("train -c rows.toml --set run=x --set samples.every=2", &["samples.every = 2", "classifier"]);
 }
 
 #[test]

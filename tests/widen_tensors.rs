@@ -170,3 +170,32 @@ fn specs_that_do_not_fit_are_refused() {
     place.refuses("widen-tensors cut.safetensors --spec spec.toml -o out.safetensors", &["cut.safetensors", "whole"]);
     place.refuses("widen-tensors in.safetensors -o out.safetensors", &["--spec"]);
 }
+
+/// Tensors are read and written one by one: a file of many needs no more memory than a file of one. The limit counts
+/// what a process allocates; a mapped file's pages are the system's to take back.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_file_larger_than_memory_streams() {
+    const LIMIT: usize = 96 << 20;
+    let place = Place::empty();
+    let values = vec![1.0f64; 512 << 10];
+    let tensors: Named = (0..32).map(|i| (format!("w{i:02}"), (vec![512, 1024], values.clone()))).collect();
+    save(&place, "in.safetensors", &tensors);
+    place.write(
+        "spec.toml",
+        "[widths]\nmodel = 2\n[[tensors]]\npattern = 'w*'\naxes = ['out', 'model']\n[[tensors]]\npattern = '*'\naxes = []",
+    );
+    let program = env!("CARGO_BIN_EXE_mupscale");
+    let line = "widen-tensors in.safetensors --spec spec.toml -o out.safetensors";
+    let limited = |kib: usize| {
+        let script = format!("ulimit -d {kib}; exec {program} {line} --force");
+        let mut command = std::process::Command::new("bash");
+        command.args(["-c", &script]).current_dir(place.path()).output().unwrap()
+    };
+    let said = limited(LIMIT >> 10);
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let size = |name: &str| std::fs::metadata(place.join(name)).unwrap().len() as usize;
+    assert!(size("in.safetensors") > LIMIT && size("out.safetensors") > 2 * LIMIT, "too little to show anything");
+    // A limit that nothing fits shows that it is one.
+    assert!(!limited(256).status.success());
+}

@@ -16,8 +16,9 @@ use crate::{
         Comm,
         tcp::{Tcp, Tree},
     },
+    trace::{self, Lane, Stamp},
 };
-use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range, sync::Arc, time::Instant};
 
 /// The queues of a device. Ops run on [`Stream::Compute`]; collectives and copies may run beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +121,23 @@ pub trait Backend: Sized + Send + Sync + 'static {
         true
     }
 
+    /// Measures what is used by several ranks, which leave that to one of them; the others [`Backend::tune`].
+    fn measure(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// A point in `stream`, for a trace; none where it cannot be told, as within recorded work. Where calls return when
+    /// they are done, that is now.
+    fn stamp(&self, _: Stream) -> Option<Stamp> {
+        Some(Stamp::Now(Instant::now()))
+    }
+
+    /// Shows in a trace, if one is made, what is enqueued on `stream` until the span is dropped.
+    fn span(&self, stream: Stream, lane: Lane, name: impl fmt::Display) -> Span<'_, Self> {
+        let open = if trace::is_on() { self.stamp(stream).map(|from| (lane, name.to_string(), from)) } else { None };
+        Span { backend: self, stream, open }
+    }
+
     /// The way to the devices of the ranks that this one's host is connected with.
     fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
         Ok(Box::new(Tcp::new(tree)?))
@@ -129,6 +147,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// that have profilers of their own.
     fn profile(&self, _go_on: bool) -> Option<Profile> {
         None
+    }
+}
+
+/// Work that is being enqueued; see [`Backend::span`].
+pub struct Span<'a, B: Backend> {
+    backend: &'a B,
+    stream: Stream,
+    open: Option<(Lane, String, Stamp)>,
+}
+
+impl<B: Backend> Drop for Span<'_, B> {
+    fn drop(&mut self) {
+        let Some((lane, name, from)) = self.open.take() else { return };
+        if let Some(to) = self.backend.stamp(self.stream) {
+            trace::note(lane, name, from, to);
+        }
     }
 }
 

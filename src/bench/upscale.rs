@@ -1,6 +1,6 @@
 //! GB/s of widening a checkpoint into memory, by the path that `train` and `upscale` take.
 
-use super::{median, preset::meaning};
+use super::{Folder, median, preset::meaning};
 use crate::{
     Error, Result,
     backend::Stream,
@@ -16,7 +16,6 @@ use crate::{
     upscale::{self, Growth, Origin},
 };
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
@@ -80,8 +79,7 @@ impl Work for &UpscaleBench {
 }
 
 fn measure<B: Ops>(backend: &B, bench: &UpscaleBench) -> Result<UpscaleSpeed> {
-    fs::create_dir_all(&bench.folder).map_err(Error::io("create", &bench.folder))?;
-    let folder = Folder(bench.folder.join(format!("mupscale-bench-{}", std::process::id())));
+    let folder = Folder::new(&bench.folder)?;
     narrow(backend, bench, &folder.0)?;
 
     let before = machine::anonymous_memory().unwrap_or(0);
@@ -124,16 +122,6 @@ fn measure<B: Ops>(backend: &B, bench: &UpscaleBench) -> Result<UpscaleSpeed> {
         fill_gb_per_second: fill(backend, &mut state)? / 1e9,
         anonymous_over_wide: most.map(|most| most.saturating_sub(before) as f64 / bytes),
     })
-}
-
-/// A folder that goes when this does.
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What cannot be removed stays behind; the measurement stands all the same.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// Weights and both moments, zero.

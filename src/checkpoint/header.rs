@@ -134,7 +134,7 @@ fn check_tiling(path: &Path, tensors: &BTreeMap<String, Located>, start: usize, 
 }
 
 /// The type in the words of the `safetensors` crate.
-fn foreign_dtype(dtype: DType) -> safetensors::Dtype {
+pub(super) fn foreign_dtype(dtype: DType) -> safetensors::Dtype {
     match dtype {
         DType::F64 => safetensors::Dtype::F64,
         DType::F32 => safetensors::Dtype::F32,

@@ -23,6 +23,7 @@
 mod disk;
 mod format;
 mod header;
+mod merge;
 mod place;
 mod read;
 mod store;
@@ -32,6 +33,7 @@ mod write;
 mod tests;
 
 pub use format::{Axis, Block, TensorMeta};
+pub use merge::merge;
 pub use read::Reader;
 pub use store::Store;
 pub use write::Writer;

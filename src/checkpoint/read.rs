@@ -1,5 +1,5 @@
 //! Reading a checkpoint: every size, offset and name is checked at opening, every byte by [`Reader::verify`].
-#![allow(unsafe_code, reason = "files are mapped into memory, and the pages given back")]
+#![allow(unsafe_code, reason = "files are mapped into memory")]
 
 use std::{
     borrow::Cow,
@@ -10,7 +10,7 @@ use std::{
 };
 
 use blake3::Hasher;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 
@@ -20,7 +20,7 @@ use super::{
     header::{self, Located},
     place,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, data::mapped::release};
 
 /// Bytes that are hashed before their pages are given back.
 const VERIFY_BYTES: usize = 32 << 20;
@@ -182,10 +182,24 @@ impl Reader {
         let Some((range, _, file)) = wrong else { return Ok(()) };
         let of_span = |piece: &Piece| self.files[&piece.file].path == file.path && piece.bytes.contains(&range.start);
         let damaged = self.tensors.values().find(|tensor| tensor.pieces.iter().any(of_span));
-        Err(damaged.map_or_else(
-            || file.wrong_checksum(),
-            |tensor| Error::tensor(&file.path, &tensor.meta.name, format!("its checksum is wrong: {DAMAGED}")),
-        ))
+        Err(damaged.map_or_else(|| file.wrong_checksum(), |tensor| file.wrong_tensor(&tensor.meta.name)))
+    }
+
+    /// Checks the bytes of one tensor against their checksums, and keeps its pages for whoever reads it next: so a
+    /// checkpoint that is streamed is read once.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or its bytes are not those that were written.
+    pub fn verify_tensor(&self, name: &str) -> Result<()> {
+        for piece in &self.find(name)?.pieces {
+            let file = &self.files[&piece.file];
+            let within = |range: &Range<usize>| range.start < piece.bytes.end && piece.bytes.start < range.end;
+            let mut spans = file.spans().filter(|(range, ..)| within(range));
+            if !spans.all(|(range, span, _)| digest(&file.map[range]) == span.blake3) {
+                return Err(file.wrong_tensor(name));
+            }
+        }
+        Ok(())
     }
 
     fn find(&self, name: &str) -> Result<&Tensor> {
@@ -220,18 +234,17 @@ impl Mapped {
         hasher.finalize().to_hex().as_str() == span.blake3
     }
 
+    fn wrong_tensor(&self, name: &str) -> Error {
+        Error::tensor(&self.path, name, format!("its checksum is wrong: {DAMAGED}"))
+    }
+
     fn wrong_checksum(&self) -> Error {
         Error::file(&self.path, format!("its checksum is wrong: {DAMAGED}"))
     }
 
     fn release(&self, bytes: Range<usize>) {
-        if !bytes.is_empty() {
-            // SAFETY: the map is read-only and shared with the file, so its pages hold nothing but the file's content;
-            // dropped, they are read from it again, and slices lent from the map see the same bytes. The range lies
-            // in the map: its ends come from pieces and spans that were checked against the map's length. A refusal
-            // changes nothing but the memory in use, so it is passed over.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
-        }
+        // Ends come from pieces and spans that were checked against the map's length.
+        release(&self.map, bytes);
     }
 
     /// Reads a safetensors header, after its checksum.
@@ -290,12 +303,17 @@ fn join(
     Ok(tensors)
 }
 
+/// A checksum as the manifest has it.
+fn digest(bytes: &[u8]) -> String {
+    Hasher::new().update_rayon(bytes).finalize().to_hex().to_string()
+}
+
 fn holds_tensors(file: &str) -> bool {
     file.ends_with(".safetensors")
 }
 
-/// Maps a file of the checkpoint into memory.
-fn map(path: &Path) -> Result<Mmap> {
+/// Maps a file of a checkpoint, or one that is to become a part of such, into memory.
+pub(super) fn map(path: &Path) -> Result<Mmap> {
     let found = fs::metadata(path).map_err(Error::io("read", path))?;
     if !found.is_file() {
         return Err(Error::file(path, format!("it is no ordinary file: {DAMAGED}")));

@@ -48,6 +48,16 @@ pub enum Collective {
     CopyFrom(usize),
 }
 
+impl Collective {
+    /// What it is called in traces.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sum | Self::SumTo(_) => "sum",
+            Self::CopyFrom(_) => "copy",
+        }
+    }
+}
+
 /// A collective under way; what it holds is its communicator's business.
 pub enum Ticket<B: Backend> {
     /// Nothing is left to do.

@@ -3,8 +3,9 @@
 use super::print_json;
 use crate::{
     Result,
-    bench::{self, OpsBench, Preset, TrainBench, UpscaleBench},
+    bench::{self, CommBench, OpsBench, Preset, TokenizeBench, TrainBench, UpscaleBench},
     config::{KeptIn, Recording},
+    machine,
     model::decoder::Recompute,
     report::{human, table::Table},
     run::Place,
@@ -20,6 +21,10 @@ pub enum Command {
     Train(TrainArgs),
     /// Time the widening of a GPT-2 with its optimizer moments, from a checkpoint into memory
     Upscale(UpscaleArgs),
+    /// Time sums over ranks: start it as the ranks of a run are, `mupscale-launch … mupscale bench comm`
+    Comm(CommArgs),
+    /// Time `data tokenize` beside the tokenizers crate's own batch encoding
+    Tokenize(TokenizeArgs),
 }
 
 /// What gradients and moments are kept in, as in `[memory]`.
@@ -53,11 +58,11 @@ pub struct OpsArgs {
     only: String,
     #[command(flatten)]
     place: super::PlaceArgs,
-    #[command(flatten)]
-    kept: KeptArgs,
     /// On a GPU, apply GELU and sum bias gradients in kernels of their own
     #[arg(long)]
     unfused: bool,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -80,11 +85,11 @@ pub struct TrainArgs {
     recompute: Recompute,
     #[command(flatten)]
     place: super::PlaceArgs,
-    #[command(flatten)]
-    kept: KeptArgs,
     /// On a GPU, apply GELU and sum bias gradients in kernels of their own
     #[arg(long)]
     unfused: bool,
+    #[command(flatten)]
+    kept: KeptArgs,
     /// What a GPU records of a step
     #[arg(long, default_value = "auto")]
     graph: Recording,
@@ -125,12 +130,76 @@ pub struct UpscaleArgs {
     json: bool,
 }
 
+/// Arguments of `bench comm`.
+#[derive(clap::Args)]
+pub struct CommArgs {
+    /// Bytes of a rank's values, at first; each further size is four times as large
+    #[arg(long, default_value_t = 64 << 10)]
+    smallest: usize,
+    /// Bytes, at most
+    #[arg(long, default_value_t = 256 << 20)]
+    largest: usize,
+    /// Calls to time at each size, after 3 that are not
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    calls: u32,
+    #[command(flatten)]
+    place: super::PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `bench tokenize`.
+#[derive(clap::Args)]
+pub struct TokenizeArgs {
+    /// The text: a file, a folder, or JSONL; a generated corpus if left out
+    text: Option<PathBuf>,
+    /// Bytes of the generated corpus
+    #[arg(long, default_value_t = 50_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    bytes: u64,
+    /// A tokenizer.json; one is trained on the text if left out
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Vocabulary of the tokenizer that is trained
+    #[arg(long, default_value_t = 8192)]
+    vocab: usize,
+    /// How often both are measured, in turns
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// Folder for what is made, and removed at the end; the system's temporary folder if left out
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Ops(args) => ops(args),
         Command::Train(args) => train(args),
         Command::Upscale(args) => upscale(args),
+        Command::Comm(args) => comm(args),
+        Command::Tokenize(args) => tokenize(args),
     }
+}
+
+fn comm(args: CommArgs) -> Result<()> {
+    let CommArgs { smallest, largest, calls, place, json } = args;
+    let bench = CommBench { smallest, largest, calls: calls as usize };
+    let Some(speed) = bench::comm(place.place(), bench)? else { return Ok(()) };
+    if json {
+        return print_json(&speed);
+    }
+    let (ranks, here) = (speed.ranks, speed.ranks_on_host);
+    say!("ranks: {ranks}, on a host {here}, over {}; {}; values of {}", speed.over, speed.device, speed.dtype)?;
+    let mut table = Table::new(["operation", "size", "ms", "algorithm GB/s", "bus GB/s"]);
+    for size in &speed.sizes {
+        let [ms, algorithm, bus] = [size.ms, size.algorithm_gb_per_second, size.bus_gb_per_second];
+        let cells = [format!("{ms:.3}"), format!("{algorithm:.3}"), format!("{bus:.3}")];
+        table.row([size.operation.to_string(), machine::size(size.bytes)].into_iter().chain(cells));
+    }
+    super::print(table)
 }
 
 fn ops(args: OpsArgs) -> Result<()> {
@@ -154,8 +223,8 @@ fn ops(args: OpsArgs) -> Result<()> {
 fn train(args: TrainArgs) -> Result<()> {
     let TrainArgs { preset, batch, steps, recompute, unfused, graph, profile, .. } = args;
     let bench = TrainBench { preset, batch, steps: steps as usize, recompute, graph, profile };
-    let place = args.kept.at(args.place.place());
-    let speed = bench::train(Place { eager: graph == Recording::None, unfused, ..place }, bench)?;
+    let place = Place { eager: graph == Recording::None, unfused, ..args.kept.at(args.place.place()) };
+    let speed = bench::train(place, bench)?;
     if args.json {
         return print_json(&speed);
     }
@@ -203,4 +272,24 @@ fn upscale(args: UpscaleArgs) -> Result<()> {
         say!("  anonymous memory    {most:.3} × the wide state")?;
     }
     Ok(())
+}
+
+fn tokenize(args: TokenizeArgs) -> Result<()> {
+    let TokenizeArgs { text, bytes, tokenizer, vocab, pairs, folder, json } = args;
+    let folder = folder.unwrap_or_else(std::env::temp_dir);
+    let speed = bench::tokenize(&TokenizeBench { text, bytes, tokenizer, vocab, pairs: pairs as usize, folder })?;
+    if json {
+        return print_json(&speed);
+    }
+    say!(
+        "{} in {} documents, {} tokens of {}, {} threads",
+        human::bytes(speed.text_bytes),
+        speed.documents,
+        human::count(speed.tokens as f64),
+        speed.vocab,
+        speed.threads
+    )?;
+    say!("  data tokenize, file to dataset   {:7.1} MB/s", speed.mb_per_second)?;
+    say!("  the crate's encode_batch_fast    {:7.1} MB/s", speed.crate_mb_per_second)?;
+    say!("  ratio                            {:7.2} (median of {} pairs)", speed.ratio, speed.ratios.len())
 }

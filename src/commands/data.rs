@@ -5,9 +5,11 @@ use crate::{
     Error, Result,
     data::{
         Tokenizer,
+        dataset::DatasetInfo,
         inspect::{InspectOptions, inspect},
         output::Partial,
         shard::TokenDtype,
+        statistics::Frequent,
         synth::{CorpusFormat, Synth},
         text::Corpus,
         tokenize::{self, TokenizeOptions},
@@ -15,6 +17,7 @@ use crate::{
     report::{
         human,
         progress::{Progress, Show, Unit, WorkProgress},
+        table::Table,
     },
 };
 use std::{
@@ -163,6 +166,15 @@ pub fn shown(show: Show) -> impl FnMut(tokenize::Progress) + Send {
     }
 }
 
+/// What `data tokenize --json` prints.
+#[derive(serde::Serialize)]
+struct Tokenized<'a> {
+    #[serde(flatten)]
+    info: &'a DatasetInfo,
+    /// Bad lines that were left out.
+    skipped_lines: u64,
+}
+
 fn tokenize(args: TokenizeArgs) -> Result<()> {
     let corpus = Corpus::open(&args.text, &args.field)?.skip_bad(args.skip_bad);
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
@@ -180,7 +192,7 @@ fn tokenize(args: TokenizeArgs) -> Result<()> {
         told.line(&format!("{} bad lines were left out", skipped.lines));
     }
     if args.json {
-        return print_json(&info);
+        return print_json(&Tokenized { info: &info, skipped_lines: skipped.lines });
     }
     say!(
         "{} tokens to train on in {} documents, {} to validate on in {}; vocabulary {}; {}",
@@ -258,10 +270,19 @@ fn look(args: InspectArgs) -> Result<()> {
         Dtype::Uint32 => TokenDtype::Uint32,
     });
     let options = InspectOptions { field: args.field, dtype, label_column: args.label_column };
-    let summary = inspect(&args.path, &options)?;
+    let mut summary = inspect(&args.path, &options)?;
     if args.json {
         return print_json(&summary);
     }
-    let text = toml::to_string_pretty(&summary).map_err(|e| Error::file(&args.path, e.to_string()))?;
-    super::print(text)
+    let frequent = summary.take_most_frequent();
+    super::print(toml::to_string_pretty(&summary).map_err(|e| Error::file(&args.path, e.to_string()))?)?;
+    if frequent.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(["token", "count", "share", "text"]);
+    for Frequent { token, text, count, share } in frequent {
+        let share = format!("{:.2} %", 100.0 * share);
+        table.row([token.to_string(), count.to_string(), share, text.map_or(String::new(), |t| format!("{t:?}"))]);
+    }
+    say!("\n{table}")
 }

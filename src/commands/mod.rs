@@ -8,6 +8,7 @@ macro_rules! say {
 }
 
 mod bench;
+mod checkpoint;
 mod data;
 mod doctor;
 mod eval;
@@ -62,6 +63,9 @@ enum Command {
     Eval(eval::Args),
     /// Show a checkpoint or a configuration: shape, parameters, and every tensor's axes and multipliers
     Inspect(inspect::Args),
+    /// Handle checkpoints as files
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
     /// Show a run under way on the terminal
     Watch(report::WatchArgs),
     /// Write runs as one HTML page: curves, norms, throughput, settings, samples
@@ -124,6 +128,7 @@ impl Args {
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Inspect(args) => inspect::run(args),
+            Command::Checkpoint(command) => checkpoint::run(command),
             Command::Watch(args) => report::watch(args),
             Command::Report(args) => report::report(args),
             Command::Data(command) => data::run(command),

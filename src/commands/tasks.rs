@@ -141,6 +141,8 @@ impl Choice {
             // What stands before a document's first token in training.
             tokens.push(tokenizer.end_of_text().unwrap_or(0));
         }
+        // The space is not the ending's own; an empty one costs nothing to divide.
+        let bytes = (ending.len() - 1).max(1);
         let added = tokenizer.encode(&ending)?;
         let scored = added.len();
         tokens.extend(added);
@@ -154,7 +156,7 @@ impl Choice {
         }
         // The last target needs no place among the inputs. Of a context that is too long its end counts.
         tokens.drain(..tokens.len().saturating_sub(context + 1));
-        Ok(Ok(Self { tokens: tokens.into_iter().map(|t| t as i32).collect(), scored, bytes: ending.len() }))
+        Ok(Ok(Self { tokens: tokens.into_iter().map(|t| t as i32).collect(), scored, bytes }))
     }
 
     /// Inputs and targets, filled up with what is not counted.

@@ -6,6 +6,7 @@ use crate::{
     config::{Device, OnNan},
     report::human,
     run::{self, Outcome},
+    trace::{self, Request},
 };
 use std::path::PathBuf;
 
@@ -24,12 +25,25 @@ pub struct HowArgs {
     /// At a loss or gradient that is not finite: stop, with the weights before the step saved, or skip the update
     #[arg(long)]
     on_nan: Option<OnNan>,
+    /// Write where the time of some steps goes, on all ranks: for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// The first and the last step of the trace, counted from where this process begins
+    #[arg(long, value_name = "FIRST..LAST", default_value = "3..6", requires = "trace")]
+    trace_steps: trace::Steps,
     /// Print the outcome as JSON, and no progress
     #[arg(long)]
     json: bool,
 }
 
 impl HowArgs {
+    /// Asks for the trace, if one is wanted.
+    fn request_trace(&self) {
+        if let Some(file) = self.trace.clone() {
+            trace::request(Request { file, steps: self.trace_steps.clone() });
+        }
+    }
+
     /// All of them as assignments.
     fn assignments(&self) -> Vec<String> {
         let mut sets = self.sets.clone();
@@ -79,6 +93,7 @@ pub struct ResumeArgs {
 }
 
 pub fn train(args: TrainArgs) -> Result<()> {
+    args.how.request_trace();
     let (sets, show) = (args.how.assignments(), show(args.how.json));
     let outcome = match args.resume {
         Some(WhenThere::Auto) => run::train_or_resume(&args.config, &sets, show)?,
@@ -88,6 +103,7 @@ pub fn train(args: TrainArgs) -> Result<()> {
 }
 
 pub fn resume(args: ResumeArgs) -> Result<()> {
+    args.how.request_trace();
     report(&run::resume(&args.run, &args.how.assignments(), show(args.how.json))?, args.how.json)
 }
 

@@ -3,12 +3,11 @@
 use crate::{
     Error, Result,
     mup::Rule,
-    widen::{Growth, Role, Spec, Tensors, fits},
+    widen::{Growth, Role, Spec, TensorFile, Tensors, fits},
 };
 use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
@@ -60,8 +59,8 @@ pub fn run(args: Args) -> Result<()> {
         Optimizer::Adam => Rule::Adam,
         Optimizer::Adamw => Rule::AdamW,
     };
-    let bytes = read(&args.tensors)?;
-    let tensors = Tensors::new(&args.tensors, &bytes)?;
+    let file = TensorFile::open(&args.tensors)?;
+    let tensors = file.tensors()?;
     let growths = growths(&args, &tensors)?;
     if let Some(exists) = [Some(&args.out), args.moments_out.as_ref()].into_iter().flatten().find(|p| p.exists())
         && !args.force
@@ -69,8 +68,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::Exists { path: exists.into() });
     }
     if let (Some(path), Some(out)) = (&args.moments, &args.moments_out) {
-        let bytes = read(path)?;
-        Tensors::new(path, &bytes)?.widen(&growths, Some(rule), out, args.force)?;
+        TensorFile::open(path)?.tensors()?.widen(&growths, Some(rule), out, args.force)?;
     }
     tensors.widen(&growths, None, &args.out, args.force)?;
     let multipliers = growths.iter().map(|(name, growth)| {
@@ -84,10 +82,6 @@ pub fn run(args: Args) -> Result<()> {
     super::print_json(&Value::Object(multipliers.collect::<Map<_, _>>()))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(Error::io("read", path))
-}
-
 /// How each tensor grows, by the spec or by two shapes.
 fn growths(args: &Args, tensors: &Tensors<'_>) -> Result<BTreeMap<String, Growth>> {
     let shapes = tensors.shapes();
@@ -95,10 +89,9 @@ fn growths(args: &Args, tensors: &Tensors<'_>) -> Result<BTreeMap<String, Growth
         let spec = Spec::read(args.spec.as_deref().unwrap_or(Path::new("")))?;
         return shapes.into_iter().map(|(name, shape)| Ok((name.clone(), spec.growth(&name, &shape)?))).collect();
     };
-    let [narrow, wide] = [&pair[0], &pair[1]].map(|path| Ok((path, read(path)?)));
-    let ((narrow_path, narrow), (wide_path, wide)) = (narrow?, wide?);
-    let narrow = Tensors::new(narrow_path, &narrow)?.shapes();
-    let wide = Tensors::new(wide_path, &wide)?.shapes();
+    let (narrow_path, wide_path) = (&pair[0], &pair[1]);
+    let narrow = TensorFile::open(narrow_path)?.tensors()?.shapes();
+    let wide = TensorFile::open(wide_path)?.tensors()?.shapes();
     let of = |name: &String, shape: &Vec<usize>| {
         let missing =
             |path: &Path| Error::tensor(path, name, format!("is missing, but {} has it", args.tensors.display()));

@@ -76,6 +76,9 @@ pub struct Config {
     /// What is measured on held-out data.
     #[serde(default)]
     pub validation: ValidationConfig,
+    /// Texts that the model writes on the way.
+    #[serde(default)]
+    pub samples: SamplesConfig,
     /// What is kept and what computed again.
     #[serde(default)]
     pub memory: MemoryConfig,
@@ -292,6 +295,43 @@ pub struct ValidationConfig {
 impl Default for ValidationConfig {
     fn default() -> Self {
         Self { every: 100, batches: 8 }
+    }
+}
+
+/// `[samples]`: texts that the model writes while it is trained, for people to read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplesConfig {
+    /// Write every so many steps, and at the end; 0: never.
+    pub every: u64,
+    /// What to go on with; an empty text is the start of a document.
+    pub prompts: Vec<String>,
+    /// Tokens of a text, at most.
+    pub tokens: usize,
+    /// Divides logits: 0 takes the likeliest token, 1 samples as the model says.
+    pub temperature: f64,
+    /// Sample among this many likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Sample among the likeliest tokens that have this probability together.
+    pub top_p: f64,
+    /// Seed of the draws, which are the same each time.
+    pub seed: u64,
+    /// End before one of these texts.
+    pub stop: Vec<String>,
+}
+
+impl Default for SamplesConfig {
+    fn default() -> Self {
+        Self {
+            every: 0,
+            prompts: vec![String::new()],
+            tokens: 100,
+            temperature: 0.8,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            stop: Vec::new(),
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! What a text, tokenizer, file of tokens or dataset folder holds: the work behind `data inspect`.
 
 use super::{
-    dataset::{DATASET_FILE, Dataset, DatasetInfo, DatasetOptions},
+    dataset::{DATASET_FILE, Dataset, DatasetInfo, DatasetOptions, TokenData},
     rows::RowData,
     shard::{Shard, TokenDtype},
+    statistics::{Frequent, Lengths, Quantiles, Statistics},
     text::Corpus,
     tokenizer::{BYTES, Tokenizer},
 };
@@ -25,10 +26,11 @@ pub enum Summary {
         documents: u64,
         /// UTF-8 in the documents.
         text_bytes: u64,
-        /// The longest document, in bytes.
-        longest_document: u64,
         /// The beginning of the first document.
         sample: String,
+        /// Bytes of a document.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bytes_per_document: Option<Quantiles>,
     },
     /// A tokenizer.
     Tokenizer {
@@ -47,6 +49,8 @@ pub enum Summary {
         tokens: u64,
         /// The largest of them.
         max_token: Option<u32>,
+        /// How they are spread.
+        statistics: Statistics,
     },
     /// A folder of files of tokens, all checked.
     Dataset {
@@ -56,12 +60,14 @@ pub enum Summary {
         train_tokens: u64,
         /// Tokens to validate on.
         val_tokens: u64,
-        /// What `data tokenize` wrote about it.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        info: Option<DatasetInfo>,
         /// The beginning of the training part as text, where the tokenizer is known.
         #[serde(skip_serializing_if = "Option::is_none")]
         sample: Option<String>,
+        /// How its tokens and documents are spread, both parts together.
+        statistics: Statistics,
+        /// What `data tokenize` wrote about it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        info: Option<DatasetInfo>,
     },
     /// Rows of numbers from CSV.
     Rows {
@@ -74,6 +80,18 @@ pub enum Summary {
         /// Rows of each class.
         rows_per_class: Vec<u64>,
     },
+}
+
+impl Summary {
+    /// Takes the most frequent tokens out, to be shown as a table.
+    pub fn take_most_frequent(&mut self) -> Vec<Frequent> {
+        match self {
+            Self::Shard { statistics, .. } | Self::Dataset { statistics, .. } => {
+                std::mem::take(&mut statistics.most_frequent)
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// Options of [`inspect`].
@@ -112,6 +130,7 @@ pub fn inspect(path: &Path, options: &InspectOptions) -> Result<Summary> {
                 header: shard.has_header(),
                 tokens: shard.tokens().len() as u64,
                 max_token: shard.max_token(),
+                statistics: Statistics::new(shard.tokens().iter(), None, None, None)?,
             })
         }
         "csv" | "tsv" => {
@@ -133,18 +152,18 @@ fn holds_tokens(folder: &Path) -> bool {
 
 fn inspect_text(path: &Path, options: &InspectOptions) -> Result<Summary> {
     let corpus = Corpus::open(path, &options.field)?;
-    let (mut documents, mut text_bytes, mut longest_document, mut sample) = (0, 0, 0, String::new());
+    let (mut lengths, mut text_bytes, mut sample) = (Lengths::default(), 0, String::new());
     for document in corpus.documents() {
         let document = document?;
-        if documents == 0 {
+        if text_bytes == 0 {
             sample = document.chars().take(SAMPLE).collect();
         }
-        documents += 1;
         text_bytes += document.len() as u64;
-        longest_document = longest_document.max(document.len() as u64);
+        lengths.add(document.len() as u64);
     }
     let (files, file_bytes) = (corpus.files().len(), corpus.bytes());
-    Ok(Summary::Text { files, file_bytes, documents, text_bytes, longest_document, sample })
+    let (documents, bytes_per_document) = (lengths.documents(), lengths.quantiles());
+    Ok(Summary::Text { files, file_bytes, documents, text_bytes, sample, bytes_per_document })
 }
 
 fn inspect_tokenizer(tokenizer: &Tokenizer) -> Summary {
@@ -153,15 +172,19 @@ fn inspect_tokenizer(tokenizer: &Tokenizer) -> Summary {
 
 fn inspect_dataset(path: &Path, options: &InspectOptions) -> Result<Summary> {
     let dataset = Dataset::open(path, &DatasetOptions { dtype: options.dtype, ..Default::default() })?;
-    let sample = match &dataset.info {
-        Some(info) => Some(info.load_tokenizer(path)?.decode(&dataset.train.first_tokens(SAMPLE))?),
-        None => None,
-    };
+    let info = dataset.info;
+    let tokenizer = info.as_ref().map(|info| info.load_tokenizer(path)).transpose()?;
+    let sample = tokenizer.as_ref().map(|t| t.decode(&dataset.train.first_tokens(SAMPLE))).transpose()?;
+    // A document that is divided between the parts goes on from one to the other.
+    let all = dataset.train.all().chain(dataset.val.iter().flat_map(TokenData::all));
+    let (end, text_bytes) = (info.as_ref().and_then(|i| i.end_of_text), info.as_ref().map(|i| i.text_bytes));
+    let statistics = Statistics::new(all, end, text_bytes, tokenizer.as_ref())?;
     Ok(Summary::Dataset {
         vocab: dataset.vocab,
         train_tokens: dataset.train.tokens(),
-        val_tokens: dataset.val.map_or(0, |val| val.tokens()),
-        info: dataset.info,
+        val_tokens: dataset.val.as_ref().map_or(0, TokenData::tokens),
         sample,
+        statistics,
+        info,
     })
 }

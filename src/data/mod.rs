@@ -13,6 +13,7 @@
 //! | `tokenizer` | raw bytes, or any `tokenizer.json`; training of byte-level BPE |
 //! | `tokenize` | the commands: text to a dataset folder, training a tokenizer |
 //! | `inspect` | what a text, tokenizer, shard or dataset folder holds, for people and scripts |
+//! | `statistics` | how the documents and tokens of a corpus are spread |
 //! | `shard` | files of tokens: llm.c's `.bin` in 16 and 32 bits, nanoGPT's without a header |
 //! | `dataset` | shards as windows of tokens; filling batches; training and validation part |
 //! | `rows` | rows of numbers with a class each |
@@ -25,12 +26,13 @@
 
 pub mod dataset;
 pub mod inspect;
-mod mapped;
+pub(crate) mod mapped;
 pub mod order;
 pub mod output;
 pub mod packed;
 pub mod rows;
 pub mod shard;
+pub mod statistics;
 pub mod synth;
 pub mod text;
 pub mod tokenize;

@@ -55,7 +55,7 @@ impl Default for TokenizeOptions {
 const MIN_SHARD_TOKENS: u64 = 256;
 
 /// Text that is encoded at once; enough to keep all threads busy.
-const BATCH_BYTES: usize = 4 << 20;
+pub const BATCH_BYTES: usize = 4 << 20;
 
 /// Turns text into a dataset folder: `train_000000.bin`, …, `val_000000.bin`, …, `tokenizer.json`, `dataset.json`.
 /// After every document comes the tokenizer's end-of-text token, if it has one. The folder appears when it is complete.

@@ -57,9 +57,14 @@ impl Tokenizer {
             return Ok(Self::bytes());
         }
         let json = fs::read(path).map_err(Error::io("read", path))?;
-        let model = tokenizers::Tokenizer::from_bytes(&json)
-            .map_err(|e| Error::file(path, format!("is not a tokenizer.json that the tokenizers crate reads: {e}")))?;
-        Self::from_model(model).map_err(|e| Error::file(path, e.to_string()))
+        Self::from_json(&json).map_err(|e| Error::file(path, e.to_string()))
+    }
+
+    /// The tokenizer of a `tokenizer.json`'s content.
+    pub fn from_json(json: &[u8]) -> Result<Self> {
+        let model = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|e| Error::Usage(format!("is not a tokenizer.json that the tokenizers crate reads: {e}")))?;
+        Self::from_model(model)
     }
 
     /// Trains byte-level BPE: 256 bytes, `<|endoftext|>` (id 0), and merges up to `vocab` tokens; fewer if the text

@@ -7,7 +7,7 @@ use super::{
     spec::{MlpSpec, Scaling},
 };
 use crate::{
-    backend::{Backend, Mut, Ref, Tensor},
+    backend::{Backend, Mut, Ref, Stream, Tensor},
     dims::{Axis, Width},
     ops::{
         Ops,
@@ -15,6 +15,7 @@ use crate::{
         head::{ReadoutGradients, ReadoutShape},
         linear::LinearShape,
     },
+    trace::Lane,
 };
 
 /// An mlp at a shape.
@@ -154,6 +155,7 @@ impl Mlp {
         batch: &'a Batch<B>,
         rows: usize,
     ) -> Ref<'a, B> {
+        let _forward = backend.span(Stream::Compute, Lane::Compute, "forward");
         for (i, (weight, bias)) in self.layers.iter().enumerate() {
             let (done, rest) = acts.hidden.split_at_mut(i);
             let x = done.last().map_or_else(|| batch.inputs.view(), |(_, after)| after.view());
@@ -205,6 +207,7 @@ impl Mlp {
     ) {
         let rows = micro.rows();
         self.forward(backend, w, acts, batch, rows);
+        let _backward = backend.span(Stream::Compute, Lane::Compute, "backward");
         let shape = self.readout_shape(rows);
         let x = acts.hidden.last().map_or_else(|| batch.inputs.view(), |(_, after)| after.view());
         let (weight, bias) = (w.get(&self.readout.0), self.readout.1.as_ref().map(|b| w.get(b)));

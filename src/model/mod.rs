@@ -283,6 +283,14 @@ impl<B: Ops> Network<B> {
         }
     }
 
+    /// The decoder, if it is one: what writes text.
+    pub fn decoder(&self) -> Option<&Decoder<B>> {
+        match self {
+            Self::Decoder(d) => Some(d),
+            Self::Mlp(_) => None,
+        }
+    }
+
     /// Reserves the activations of a micro-batch; with `recompute` those for training, without for evaluation.
     pub fn plan(&self, backend: &B, plan: &mut Plan, micro: MicroBatch, recompute: Option<Recompute>) -> Slots {
         match self {

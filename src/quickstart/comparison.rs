@@ -54,7 +54,7 @@ impl RunSummary {
         let path = folder.join(metrics::FILE_NAME);
         let validations = metrics::read(&path)?.into_iter().filter_map(|record| match record {
             Record::Validation(v) => Some((v.tokens as f64, v.loss)),
-            Record::Step(_) => None,
+            Record::Step(_) | Record::Sample(_) => None,
         });
         let curve: Vec<_> = validations.collect();
         let why = "holds no validation: there is no held-out data";

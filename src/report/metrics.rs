@@ -1,6 +1,6 @@
 //! `metrics.jsonl` in the run folder: one JSON object a line, written as the run goes.
 //!
-//! A line is a [`Record`], told apart by its `kind` (`train` or `validation`). A number that is not finite is
+//! A line is a [`Record`], told apart by its `kind` (`train`, `validation` or `sample`). A number that is not finite is
 //! written as null and read back as NaN. Keys that a reader does not know are ignored, so fields can be added.
 
 use std::{
@@ -27,6 +27,9 @@ pub enum Record {
     /// A pass over the validation tokens.
     #[serde(rename = "validation")]
     Validation(ValidationRecord),
+    /// A text that the model wrote.
+    #[serde(rename = "sample")]
+    Sample(SampleRecord),
 }
 
 impl Record {
@@ -35,6 +38,7 @@ impl Record {
         match self {
             Self::Step(r) => r.step,
             Self::Validation(r) => r.step,
+            Self::Sample(r) => r.step,
         }
     }
 
@@ -43,6 +47,7 @@ impl Record {
         match self {
             Self::Step(r) => r.seconds,
             Self::Validation(r) => r.seconds,
+            Self::Sample(r) => r.seconds,
         }
     }
 }
@@ -91,6 +96,24 @@ pub struct ValidationRecord {
     /// Seconds since the run's start, summed over resumes.
     #[serde(deserialize_with = "null_as_nan")]
     pub seconds: f64,
+}
+
+/// A text of `[samples]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleRecord {
+    /// Training steps finished before it.
+    pub step: u64,
+    /// Training tokens seen before it.
+    pub tokens: u64,
+    /// Seconds since the run's start, summed over resumes.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub seconds: f64,
+    /// Which of the prompts, from 0.
+    pub index: u64,
+    /// What the model was given.
+    pub prompt: String,
+    /// What it added.
+    pub text: String,
 }
 
 /// JSON has no NaN: the writer puts null for it.
@@ -264,10 +287,15 @@ mod tests {
         Record::Validation(ValidationRecord { step, tokens: step * 512, loss: 4.5, batches: 8, seconds })
     }
 
-    /// A run folder with steps 1 to 4 and a validation after step 2.
+    fn sample(step: u64) -> Record {
+        let (prompt, text) = ("A \"b\"\n".into(), "ç\u{2028}".into());
+        Record::Sample(SampleRecord { step, tokens: step * 512, seconds: 1.25, index: 0, prompt, text })
+    }
+
+    /// A run folder with steps 1 to 4 and a validation after step 2, and texts after steps 2 and 4.
     fn run_of_four() -> (tempfile::TempDir, PathBuf, Vec<Record>) {
         let dir = tempfile::tempdir().unwrap();
-        let records = vec![train(1), train(2), validation(2), train(3), train(4)];
+        let records = vec![train(1), train(2), validation(2), sample(2), train(3), train(4), sample(4)];
         let mut log = MetricsLog::create(dir.path()).unwrap();
         for record in &records {
             log.append(record).unwrap();
@@ -300,6 +328,9 @@ mod tests {
         let (kind, names) = keys(&validation(1));
         assert_eq!(kind, "validation");
         assert_eq!(names, "batches kind loss seconds step tokens");
+        let (kind, names) = keys(&sample(1));
+        assert_eq!(kind, "sample");
+        assert_eq!(names, "index kind prompt seconds step text tokens");
     }
 
     #[test]
@@ -322,10 +353,10 @@ mod tests {
         let mut log = MetricsLog::resume(dir.path(), 2).unwrap();
         assert_eq!(log.seconds(), 1.25);
         let kept = fs::read_to_string(&path).unwrap();
-        assert_eq!(kept.lines().count(), 3);
+        assert_eq!(kept.lines().count(), 4);
         assert!(before.starts_with(&kept), "kept lines changed");
-        log.append(&records[3]).unwrap();
-        assert_eq!(read(&path).unwrap(), records[..4]);
+        log.append(&records[4]).unwrap();
+        assert_eq!(read(&path).unwrap(), records[..5]);
         assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
     }
 
@@ -336,7 +367,7 @@ mod tests {
         assert_eq!(read(&path).unwrap(), records);
         let mut log = MetricsLog::resume(dir.path(), 9).unwrap();
         log.append(&train(5)).unwrap();
-        assert_eq!(read(&path).unwrap()[4..], [train(4), train(5)]);
+        assert_eq!(read(&path).unwrap()[5..], [train(4), sample(4), train(5)]);
     }
 
     #[test]
@@ -347,7 +378,7 @@ mod tests {
         let before = fs::read(&path).unwrap();
         for error in [read(&path).unwrap_err(), MetricsLog::resume(dir.path(), 9).unwrap_err()] {
             let message = error.to_string();
-            assert!(message.contains(FILE_NAME) && message.contains("line 6"), "{message}");
+            assert!(message.contains(FILE_NAME) && message.contains("line 8"), "{message}");
         }
         assert_eq!(fs::read(&path).unwrap(), before);
         assert!(!dir.path().join(format!("{FILE_NAME}.partial")).exists());
@@ -366,7 +397,7 @@ mod tests {
         add(&path, b"\n");
         assert_eq!(tail.news().unwrap(), [train(5)]);
         MetricsLog::resume(dir.path(), 2).unwrap();
-        assert_eq!(tail.news().unwrap(), records[..3]);
+        assert_eq!(tail.news().unwrap(), records[..4]);
         add(&path, b"not a record\n");
         assert!(tail.news().is_err());
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     human,
-    metrics::{Record, StepRecord, ValidationRecord},
+    metrics::{Record, SampleRecord, StepRecord, ValidationRecord},
 };
 
 /// Columns left of the plot.
@@ -21,6 +21,7 @@ pub struct Watched {
     pub steps: Option<u64>,
     train: Vec<StepRecord>,
     held_out: Vec<ValidationRecord>,
+    sample: Option<SampleRecord>,
 }
 
 impl Watched {
@@ -42,6 +43,9 @@ impl Watched {
                 self.held_out.truncate(self.held_out.partition_point(|old| old.step < step));
                 self.held_out.push(r);
             }
+            // Of several prompts the first is shown.
+            Record::Sample(r) if r.index == 0 => self.sample = Some(r),
+            Record::Sample(_) => {}
         }
     }
 
@@ -100,6 +104,12 @@ impl Watched {
             let best = self.held_out.iter().filter(|r| !r.loss.is_nan()).min_by(|a, b| a.loss.total_cmp(&b.loss));
             let best = best.map_or(String::new(), |b| format!("  best {:.4} at step {}", b.loss, b.step));
             lines.push(format!("held-out loss {:.4} at step {}{best}", last.loss, last.step));
+        }
+        if let Some(SampleRecord { step, prompt, text, .. }) = &self.sample {
+            let line: Vec<_> = prompt.split_whitespace().chain(text.split_whitespace()).collect();
+            // What would move the cursor has no place on a screen.
+            let line = line.join(" ").replace(char::is_control, "");
+            lines.push(format!("step {step} writes: {line}"));
         }
         lines
     }

@@ -1,8 +1,8 @@
-//! TensorBoard's event files: the scalars of `metrics.jsonl` once more, for `tensorboard --logdir RUN`.
+//! TensorBoard's event files: the numbers and texts of `metrics.jsonl` once more, for `tensorboard --logdir RUN`.
 //!
 //! A file is a row of TFRecords, each an `Event` message in protobuf's wire format. Both are small enough to write by
-//! hand. Sources: tensorflow/core/lib/io/record_writer.h (records), tensorboard/compat/proto/event.proto and
-//! summary.proto (field numbers).
+//! hand. Sources: tensorflow/core/lib/io/record_writer.h (records), tensorboard/compat/proto/event.proto, summary.proto
+//! and tensor.proto (field numbers), tensorboard/plugins/text/metadata.py (the name of texts).
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -11,7 +11,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::metrics::Record;
+use super::metrics::{Record, SampleRecord};
 use crate::{Error, Result};
 
 /// How TensorBoard knows such a file.
@@ -40,11 +40,14 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Writes one record's scalars, which other programs see at once.
+    /// Writes one record, which other programs see at once.
     pub(super) fn append(&mut self, record: &Record) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars(record) {
             summary = summary.message(1, &Message::default().text(1, tag).float(2, value as f32));
+        }
+        if let Record::Sample(sample) = record {
+            summary = summary.message(1, &written(sample));
         }
         self.write(Message::event(record.step()).message(5, &summary))
     }
@@ -78,7 +81,18 @@ fn scalars(record: &Record) -> Vec<(&'static str, f64)> {
             ("progress/tokens", r.tokens as f64),
         ],
         Record::Validation(r) => vec![("validation/loss", r.loss)],
+        Record::Sample(_) => Vec::new(),
     }
+}
+
+/// A text, which TensorBoard shows under "Text": a tensor of one string, with the name of the plugin that reads it.
+fn written(sample: &SampleRecord) -> Message {
+    const STRING: u64 = 7;
+    let one = Message::default().message(2, &Message::default().varint(1, 1));
+    let text = format!("{}{}", sample.prompt, sample.text);
+    let tensor = Message::default().varint(1, STRING).message(2, &one).text(8, &text);
+    let plugin = Message::default().message(1, &Message::default().text(1, "text"));
+    Message::default().text(1, &format!("samples/{}", sample.index)).message(8, &tensor).message(9, &plugin)
 }
 
 /// Seconds since 1970.

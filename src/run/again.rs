@@ -57,6 +57,7 @@ fn complete(run: PathBuf, checkpoint: PathBuf, position: Position) -> Result<Out
         match record {
             Record::Step(step) => loss = step.loss,
             Record::Validation(validation) => validation_loss = Some(validation.loss),
+            Record::Sample(_) => {}
         }
     }
     let Position { step: steps, tokens, seconds, .. } = position;

@@ -2,29 +2,33 @@
 //!
 //! ```text
 //! RUN/config.toml              the resolved configuration
-//! RUN/metrics.jsonl            one line for each step and each validation
+//! RUN/metrics.jsonl            one line for each step, each validation, and each text of `[samples]`
 //! RUN/events.out.tfevents.…    the same for TensorBoard
-//! RUN/samples.jsonl            texts for the report, if `mupscale generate --prompts` wrote some there
+//! RUN/samples.jsonl            more texts for the report, if `mupscale generate --prompts` wrote some there
 //! RUN/log.txt                  what was printed
 //! RUN/checkpoints/step-…/      checkpoints
 //! ```
 
 mod again;
+mod author;
+mod folder;
 mod model;
 mod place;
 mod prepare;
 mod ranks;
+mod samples;
 mod saving;
 mod session;
 
 pub use again::train_or_resume;
+pub use author::{Author, Drawing, Written, encode};
 pub use model::{Evaluation, Model, tokenizer};
 pub use place::{Place, Work};
 pub use prepare::{Prepared, newest_checkpoint, prepare, prepare_resume};
 pub use ranks::Ranks;
 pub use session::{Outcome, train};
 
-use crate::{Result, ops::Ops, report::progress::Show};
+use crate::{Error, Result, ops::Ops, report::progress::Show};
 use std::path::{Path, PathBuf};
 
 /// File names in a run folder.
@@ -34,7 +38,7 @@ pub const LOG_FILE: &str = "log.txt";
 /// Algorithms that were measured for the run (`autotune`).
 pub const TUNING_FILE: &str = "tuning.json";
 
-/// Texts that a report shows.
+/// Texts that a report shows beside those in the metrics.
 pub const SAMPLES_FILE: &str = "samples.jsonl";
 
 /// Trains as a configuration file says, as one of the ranks that the environment tells of.
@@ -66,6 +70,10 @@ impl Work for Training {
 
     fn on<B: Ops>(self, backend: B) -> Result<Outcome> {
         train(backend, self.ranks, self.prepared, self.force, self.show)
+    }
+
+    fn refused(self, error: Error) -> Error {
+        self.ranks.refuse(error)
     }
 }
 

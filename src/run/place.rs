@@ -40,25 +40,45 @@ pub trait Work {
     type Output;
     /// Does it.
     fn on<B: Ops>(self, backend: B) -> Result<Self::Output>;
+    /// There is no backend, and why. Gives the error to end with.
+    fn refused(self, error: Error) -> Error
+    where
+        Self: Sized,
+    {
+        error
+    }
+}
+
+fn attempt<W: Work, B: Ops>(work: W, backend: Result<B>) -> Result<W::Output> {
+    match backend {
+        Ok(backend) => work.on(backend),
+        Err(error) => Err(work.refused(error)),
+    }
 }
 
 impl Place {
-    /// What a configuration means for one of the ranks of a host: `auto` is decided, cores are shared, and each rank has
-    /// a GPU of its own: that of its number, or the only one that is shown to it.
+    /// What a configuration means for one of the ranks of a host; see [`Self::among`].
     pub fn of_rank(config: &Config, world: &World) -> Result<Self> {
-        let Config { device, precision, mut threads, graph, autotune, unfused, .. } = *config;
-        let local = world.local_world;
-        if threads == 0 && local > 1 {
-            threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
-        }
+        let Config { device, precision, threads, graph, autotune, unfused, .. } = *config;
         let eager = graph == Recording::None;
         let (gradients, moments) = (config.memory.gradients, config.memory.moments);
         let place = Self { device, precision, gradients, moments, threads, eager, autotune, unfused, ordinal: 0 };
+        let place = place.among(world)?;
+        if place.device == Device::Cpu && config.comm.reduction == Reduction::Bf16 {
+            let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
+            return Err(Error::config("comm.reduction", "bf16", why));
+        }
+        Ok(place)
+    }
+
+    /// The part of one of the ranks of a host: `auto` is decided, cores are shared, and each rank has a GPU of its own:
+    /// that of its number, or the only one that is shown to it.
+    pub fn among(self, world: &World) -> Result<Self> {
+        let (local, mut place) = (world.local_world, self);
+        if place.threads == 0 && local > 1 {
+            place.threads = (std::thread::available_parallelism().map_or(1, usize::from) / local).max(1);
+        }
         if !place.on_gpu()? {
-            if config.comm.reduction == Reduction::Bf16 {
-                let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
-                return Err(Error::config("comm.reduction", "bf16", why));
-            }
             return Ok(Self { device: Device::Cpu, ..place });
         }
         let ordinal = match cuda::driver::devices()? as usize {
@@ -74,27 +94,33 @@ impl Place {
 
     /// Does something on the backend that this place means.
     pub fn run<W: Work>(self, work: W) -> Result<W::Output> {
-        if self.on_gpu()? {
-            return work.on(self.gpu()?);
-        }
-        if self.gradients == KeptIn::Bf16 {
-            let why = "is for GPUs: use f32 on a CPU (--set memory.gradients=f32), or --device cuda";
-            return Err(Error::config("memory.gradients", "bf16", why));
-        }
-        match self.precision {
-            Precision::Auto | Precision::F32 => {
-                work.on(Cpu::<f32>::new(self.threads)?.with_moments(self.moments.dtype()))
-            }
-            Precision::F64 if self.moments == KeptIn::Bf16 => {
-                let why =
-                    "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32";
-                Err(Error::config("memory.moments", "bf16", why))
-            }
-            Precision::F64 => work.on(Cpu::<f64>::new(self.threads)?),
-            Precision::Bf16 => {
-                Err(Error::config("precision", "bf16", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda"))
+        match (self.on_gpu(), self.precision) {
+            (Err(error), _) => Err(work.refused(error)),
+            (Ok(true), _) => attempt(work, self.gpu()),
+            (Ok(false), Precision::F64) => attempt(work, self.fits_cpu().and_then(|()| Cpu::<f64>::new(self.threads))),
+            (Ok(false), _) => {
+                let cpu = self.fits_cpu().and_then(|()| Cpu::<f32>::new(self.threads));
+                attempt(work, cpu.map(|cpu| cpu.with_moments(self.moments.dtype())))
             }
         }
+    }
+
+    /// Whether a CPU computes in the types that were asked for.
+    fn fits_cpu(self) -> Result<()> {
+        let (field, why) = match self {
+            Self { gradients: KeptIn::Bf16, .. } => {
+                ("memory.gradients", "is for GPUs: use f32 on a CPU (--set memory.gradients=f32), or --device cuda")
+            }
+            Self { precision: Precision::Bf16, .. } => {
+                ("precision", "is for GPUs: use f32 (or auto) on a CPU, or --device cuda")
+            }
+            Self { precision: Precision::F64, moments: KeptIn::Bf16, .. } => (
+                "memory.moments",
+                "would spoil what is computed in f64: set it to f32 (which is f64 here), or use precision f32",
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::config(field, "bf16", why))
     }
 
     /// The GPU.

@@ -1,6 +1,6 @@
 //! From a configuration to everything a run starts from: data, model, position. Nothing is written.
 
-use super::{CONFIG_FILE, checkpoint_path};
+use super::{CONFIG_FILE, author::Drawing, checkpoint_path};
 use crate::{
     Error, Result,
     checkpoint::Store,
@@ -131,8 +131,19 @@ pub(super) fn may_change(key: &str) -> bool {
     CHANGEABLE.iter().any(|a| key == *a || key.starts_with(&format!("{a}.")))
 }
 
-const CHANGEABLE: [&str; 10] =
-    ["threads", "device", "graph", "on_nan", "checkpoint", "validation", "memory", "comm", "run", "data.path"];
+const CHANGEABLE: [&str; 11] = [
+    "threads",
+    "device",
+    "graph",
+    "on_nan",
+    "checkpoint",
+    "validation",
+    "samples",
+    "memory",
+    "comm",
+    "run",
+    "data.path",
+];
 
 /// The stored configuration with those keys set that do not change what is computed.
 fn resumed_config(stored: &Config, sets: &[String]) -> Result<Config> {
@@ -347,6 +358,13 @@ fn finish(mut config: Config, meaning: Meaning, data: Data, origin: Option<Start
             micro.length
         );
         return Err(Error::config("batch.size", micro.samples, why));
+    }
+    if config.samples.every > 0 {
+        if config.samples.prompts.is_empty() {
+            let why = "must hold one or more: \"\" is the start of a document";
+            return Err(Error::config("samples.prompts", "[]", why));
+        }
+        Drawing::from(&config.samples).check(|field| format!("samples.{field}"))?;
     }
     let samples = data.samples(&config, micro)?;
     Ok(Prepared { config, meaning, samples, origin, tokenizer })

@@ -4,21 +4,17 @@ use super::{Place, Prepared};
 use crate::{
     Error, Result,
     backend::Backend,
-    comm::{Comm, Exchange, Solo, environment::World, settle, tcp::Tree},
+    comm::{
+        Comm, Exchange, Solo,
+        environment::{Master, World},
+        settle,
+        tcp::Tree,
+    },
     config::{CommConfig, Config, Device},
+    trace,
     trainer::enough_micro_batches,
 };
 use std::time::Duration;
-
-/// Algorithms that each rank measures for itself may differ, and so would the ranks' copies of the weights.
-fn no_measuring(config: &Config) -> Result<()> {
-    match config.autotune {
-        true => {
-            Err(Error::config("autotune", true, "is for one process: each rank would choose for itself; leave it out"))
-        }
-        false => Ok(()),
-    }
-}
 
 /// This process among the ranks of its run.
 pub struct Ranks {
@@ -37,7 +33,6 @@ impl Ranks {
         }
         let mut prepared = prepare().and_then(|prepared| {
             enough_micro_batches(&prepared.config, world.world)?;
-            no_measuring(&prepared.config)?;
             let place = Place::of_rank(&prepared.config, &world)?;
             Ok((prepared, place))
         });
@@ -52,12 +47,29 @@ impl Ranks {
         Ok((Self { world, tree: Some(tree) }, prepared))
     }
 
-    /// The way to the other ranks.
+    /// Lets this process meet the others, whatever they are about to do. One that no launcher started is alone.
+    pub fn join(timeout: Duration) -> Result<Self> {
+        let world = World::detect()?;
+        let tree = match world.master {
+            Master::Alone => None,
+            _ => Some(Tree::connect(&world, &world.meet(timeout)?, timeout)?),
+        };
+        Ok(Self { world, tree })
+    }
+
+    /// The way to the other ranks, once all of them have a backend.
     pub fn comm<B: Backend>(self, backend: &B) -> Result<Box<dyn Comm<B>>> {
-        match self.tree {
-            Some(tree) => backend.connect(tree),
-            None => Ok(Box::new(Solo)),
-        }
+        let Some(tree) = self.tree else { return Ok(Box::new(Solo)) };
+        settle(self.world.rank, Ok(()), &mut |mine| tree.exchange(mine))?;
+        backend.connect(tree)
+    }
+
+    /// Tells the others that this rank has no backend, so that they end with it. Gives the error to end with.
+    pub fn refuse(self, error: Error) -> Error {
+        let Some(tree) = self.tree else { return error };
+        let code = error.exit_code();
+        let settled = settle::<()>(self.world.rank, Err(error), &mut |mine| tree.exchange(mine));
+        settled.err().unwrap_or(Error::Elsewhere { code })
     }
 }
 
@@ -80,6 +92,8 @@ fn facts(prepared: &Prepared, place: Place) -> Vec<(&'static str, String)> {
         ("model", format!("{:?} {:?}", meaning.spec, meaning.scaling)),
         ("fingerprint of the data", format!("{:016x}", samples.fingerprint())),
         ("start", start),
+        // It ends with words between ranks.
+        ("--trace-steps", trace::requested().map_or("none".into(), |request| request.steps.to_string())),
         ("device", if place.device == Device::Cuda { "GPU" } else { "CPU" }.into()),
     ]
 }

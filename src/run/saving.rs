@@ -20,6 +20,7 @@ use crate::{
     model::param::Table,
     ops::Ops,
     state::{Meaning, Part, snapshot_bytes},
+    trace::{self, Lane},
     trainer::Trainer,
 };
 use std::{
@@ -34,7 +35,7 @@ use std::{
 /// Bytes that are written before a thread looks whether it is to stop.
 const BLOCK: usize = 8 << 20;
 /// Longest pause between looks at a save that is waited for.
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What ranks tell each other after a step, in one byte.
 const STOP: u8 = 1;
@@ -166,6 +167,7 @@ impl<B: Ops> Saver<B> {
             let written = trainer.state.stream(backend, &parts, &writer);
             return Job::Ended(written.and_then(|()| Written::new(writer, rank, None)));
         };
+        let _copying = trace::span(Lane::Saving, "copy of the state");
         let copied = memory.take().map_or_else(|| backend.host(snapshot_bytes(&parts)), Ok).and_then(|mut host| {
             trainer.state.snapshot(backend, &parts, &mut host)?;
             Ok(host)
@@ -294,6 +296,7 @@ impl<B: Backend> Written<B> {
 
 /// Writes a copy of the state to the disk.
 fn write_copy(parts: &[Part], copy: &[u8], writer: &Writer, cancelled: &AtomicBool) -> Result<()> {
+    let _writing = trace::span(Lane::Saving, "checkpoint");
     for part in parts {
         let (elements, bytes) = (part.elements(), &copy[part.bytes.clone()]);
         let size = bytes.len() / elements;

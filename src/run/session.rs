@@ -1,9 +1,14 @@
 //! A run under way: steps, metrics, validation, checkpoints, signals.
 
+mod traced;
+mod tuning;
+
 use super::{
     CONFIG_FILE, LOG_FILE, Prepared, TUNING_FILE,
+    folder::{new_run_folder, refuse_run_around_source},
     prepare::Start,
     ranks::{Ranks, agree},
+    samples::Sampler,
     saving::{self, Saved, Saver},
 };
 use crate::{
@@ -13,12 +18,14 @@ use crate::{
     config::{Config, OnNan},
     data::dataset::TOKENIZER_FILE,
     machine::{self, size},
-    model::{Network, decoder::Recompute},
+    model::{
+        Network,
+        decoder::{Generator, Recompute},
+    },
     ops::Ops,
     report::{
-        metrics::{self, MetricsLog, Record, StepRecord, ValidationRecord},
+        metrics::{MetricsLog, Record, StepRecord, ValidationRecord},
         progress::{Progress as Shown, Show},
-        tensorboard,
     },
     state::{Meaning, Position, Progress},
     trainer::{self, Bad, StepResult, Trainer},
@@ -27,7 +34,7 @@ use crate::{
 use std::{
     fs,
     io::Write,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -68,10 +75,15 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
     if resumes {
-        take_over_tuning(&trainer.backend, &config.run)?;
+        tuning::take_over(&trainer.backend, &config.run)?;
     }
     let loaded = load(&mut trainer, origin, &config, &meaning);
     agree(&*trainer.comm, loaded)?;
+    let sampler = match world.rank {
+        0 => Sampler::new(&trainer, &config, &meaning, tokenizer.as_deref()),
+        _ => Ok(None),
+    };
+    let sampler = agree(&*trainer.comm, sampler)?;
     let opened = match world.rank {
         0 => Files::open(&config, trainer.position, resumes, force, show).map(Some),
         _ => Ok(None),
@@ -86,12 +98,14 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
         meaning,
         tokenizer,
         files,
+        sampler,
         saver,
         stop,
         clock,
         saved: None,
         validated: None,
         loss: f64::NAN,
+        begun: 0,
     };
     session.announce(&world);
     let outcome = session.run();
@@ -130,7 +144,8 @@ fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning, wor
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
-    let rank = (world.rank, world.world);
+    let writing = network.decoder().filter(|_| config.samples.every > 0).map_or(0, |d| Generator::memory(backend, d));
+    let (limit, rank) = (limit.saturating_sub(writing), (world.rank, world.world));
     let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, rank, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
@@ -196,6 +211,7 @@ struct Session<B: Ops> {
     meaning: Meaning,
     tokenizer: Option<Vec<u8>>,
     files: Option<Files>,
+    sampler: Option<Sampler<B>>,
     saver: Saver<B>,
     stop: Arc<AtomicBool>,
     /// Seconds of training before this session, and when it began.
@@ -203,6 +219,8 @@ struct Session<B: Ops> {
     saved: Option<u64>,
     validated: Option<(u64, f64)>,
     loss: f64,
+    /// Steps that this process has begun.
+    begun: u64,
 }
 
 impl<B: Ops> Session<B> {
@@ -254,9 +272,12 @@ impl<B: Ops> Session<B> {
 
     fn run(&mut self) -> Result<Outcome> {
         while self.trainer.position.step < self.config.steps {
+            self.begun += 1;
+            self.trace()?;
             if let Some(result) = self.trainer.step()? {
                 self.record(result)?;
             }
+            self.choose_algorithms()?;
             let step = self.trainer.position.step;
             let (stop, saved) = self.saver.meet(&*self.trainer.comm, self.stop.load(Ordering::Relaxed))?;
             self.say_saved(saved);
@@ -264,11 +285,15 @@ impl<B: Ops> Session<B> {
             if due(self.config.validation.every) {
                 self.validate()?;
             }
+            if due(self.config.samples.every) {
+                self.sample()?;
+            }
             if due(self.config.checkpoint.every) || stop {
                 self.save()?;
             }
             // A signal during the last step finds nothing to interrupt.
             if stop && step < self.config.steps {
+                self.end_trace()?;
                 self.finish_saving()?;
                 return Err(Error::Interrupted {
                     step,
@@ -277,8 +302,12 @@ impl<B: Ops> Session<B> {
                 });
             }
         }
+        self.end_trace()?;
         if self.config.validation.every > 0 {
             self.validate()?;
+        }
+        if self.config.samples.every > 0 {
+            self.sample()?;
         }
         self.save()?;
         self.finish_saving()?;
@@ -363,6 +392,19 @@ impl<B: Ops> Session<B> {
         files.metrics.append(&Record::Validation(record))
     }
 
+    /// Lets the model write, on rank 0, while the others wait in their next sum.
+    fn sample(&mut self) -> Result<()> {
+        self.flush()?;
+        self.trainer.gather()?;
+        let seconds = self.seconds();
+        let (Some(sampler), Some(files)) = (&mut self.sampler, &mut self.files) else { return Ok(()) };
+        for sample in sampler.write(&self.trainer, seconds)? {
+            files.say(&format!("step {} writes: {}{}", sample.step, sample.prompt, sample.text));
+            files.metrics.append(&Record::Sample(sample))?;
+        }
+        Ok(())
+    }
+
     /// Begins to save, unless this state is saved or being saved already.
     fn save(&mut self) -> Result<()> {
         self.flush()?;
@@ -424,74 +466,4 @@ fn write_documents<B: Ops>(
     writer.json(CONFIG, meaning)?;
     writer.json(STATE, &progress)?;
     tokenizer.map_or(Ok(()), |tokenizer| writer.bytes(TOKENIZER_FILE, tokenizer))
-}
-
-/// Goes on with the algorithms that the run has used so far.
-fn take_over_tuning<B: Ops>(backend: &B, run: &Path) -> Result<()> {
-    let path = run.join(TUNING_FILE);
-    if !path.exists() {
-        return Ok(());
-    }
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    if !backend.tune(&text) {
-        tracing::warn!(
-            "{}: measured on another device or with another library: measured anew, results may differ in their last bits",
-            path.display()
-        );
-    }
-    Ok(())
-}
-
-/// A run folder that is made anew must not hold the checkpoint that the run starts from.
-fn refuse_run_around_source(run: &Path, from: &Path) -> Result<()> {
-    match (fs::canonicalize(run), fs::canonicalize(from)) {
-        (Ok(folder), Ok(source)) if source.starts_with(&folder) => {
-            let why = format!("lies in the run folder {} that would be made anew: choose another run", run.display());
-            Err(Error::config("init.from", from.display(), why))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Makes the run folder. One that exists and is not empty needs `force`, which removes an earlier run, and nothing
-/// that no run made.
-fn new_run_folder(run: &Path, force: bool) -> Result<()> {
-    let mut entries = match fs::read_dir(run) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return fs::create_dir_all(run).map_err(Error::io("create", run));
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Error::config("run", run.display(), "is, or lies in, a file: choose another name"));
-        }
-        Err(e) => return Err(Error::io("read", run)(e)),
-    };
-    let first = entries.next();
-    // All that a run that was killed at its very beginning left behind.
-    let begun = |entry: &fs::DirEntry| fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
-    match (first, entries.next()) {
-        (None, _) => return Ok(()),
-        (Some(Ok(entry)), None) if entry.path() == Store::new(run).dir() && begun(&entry) => return Ok(()),
-        _ => {}
-    }
-    if !force {
-        return Err(Error::Exists { path: run.into() });
-    }
-    let checkpoints = Store::new(run).dir().to_path_buf();
-    if !run.join(CONFIG_FILE).is_file() || !checkpoints.is_dir() {
-        let why = format!(
-            "is a folder that no run made (it has no {CONFIG_FILE} or no checkpoints/): --force does not replace it; choose another name"
-        );
-        return Err(Error::file(run, why));
-    }
-    fs::remove_dir_all(&checkpoints).map_err(Error::io("remove", &checkpoints))?;
-    tensorboard::remove(run)?;
-    for name in [metrics::FILE_NAME, LOG_FILE, CONFIG_FILE] {
-        let path = run.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
-            _ => {}
-        }
-    }
-    Ok(())
 }

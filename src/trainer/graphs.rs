@@ -62,6 +62,11 @@ pub(super) fn whole_steps(
 }
 
 impl<B: Ops> Trainer<B> {
+    /// Lets what was recorded be recorded anew, as it would be computed in another way now.
+    pub fn forget_recordings(&mut self) {
+        self.graphs.clear();
+    }
+
     /// Does some work, or replays it.
     pub(super) fn recorded(&mut self, work: Work, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         // Taken out, so that the work has the trainer for itself.

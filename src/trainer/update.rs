@@ -14,6 +14,7 @@ use crate::{
         pieces::{Pieces, RowSettings},
     },
     state::State,
+    trace::Lane,
 };
 use std::ops::Range;
 
@@ -57,6 +58,7 @@ impl<B: Ops> Trainer<B> {
         let decision = self.decision();
         let Self { backend, network, state, gradients, sums, pieces, own, partials, muon_scratch, scalars, .. } = self;
         let gradients = sums.first().unwrap_or(gradients);
+        let _update = backend.span(Stream::Compute, Lane::Compute, "update");
         backend.decide(scalars.view_mut(), partials.slice(0..pieces.list.len()), pieces, decision);
         if self.shards.are_many() {
             backend.zero(Stream::Compute, partials.view_mut());

@@ -187,3 +187,26 @@ fn models_that_no_stock_model_computes_are_refused() {
     place.ok("convert from-hf model narrow");
     place.refuses("convert to-hf narrow out --dtype f16", &["model.norm.weight", "too large for f16"]);
 }
+
+/// Checksums are compared as tensors are read; what was written until then does not appear.
+#[test]
+fn a_damaged_checkpoint_does_not_leave() {
+    let place = converted("gpt2");
+    let whole = place.read("narrow/model.safetensors");
+    for at in [whole.len() / 2, whole.len() - 1] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        place.write("narrow/model.safetensors", damaged);
+        for line in ["convert to-hf narrow out", "convert to-llmc narrow out.bin"] {
+            place.refuses(line, &["model.safetensors", "checksum is wrong"]);
+        }
+    }
+    // Moments do not leave, and are not read.
+    let place = Place::new();
+    let moments = "base/checkpoints/step-00000004/optimizer.safetensors";
+    let mut bytes = place.read(moments);
+    *bytes.last_mut().unwrap() ^= 1;
+    place.write(moments, bytes);
+    place.ok("convert to-hf base out");
+    place.refuses("upscale base --width 2 --out wide", &["optimizer.safetensors", "checksum is wrong"]);
+}

@@ -1,6 +1,6 @@
 //! llm.c's checkpoints, against their description in its `train_gpt2.py` (`write_model`).
 
-use super::{converted, golden, weights};
+use super::{TOLERANCE, converted, difference, expected, golden, plain::Plain, weights};
 use half::bf16;
 use std::fs;
 
@@ -56,7 +56,7 @@ fn written(bf16s: bool) -> Vec<u8> {
 #[test]
 fn out_as_llmc_writes_it() {
     let place = converted("gpt2");
-    place.ok("convert to-llmc narrow gpt2.bin");
+    place.ok("convert to-llmc narrow gpt2.bin --verify");
     assert!(place.read("gpt2.bin") == written(false));
     place.ok("convert to-llmc narrow gpt2_bf16.bin --dtype bf16");
     assert!(place.read("gpt2_bf16.bin") == written(true));
@@ -67,18 +67,34 @@ fn in_and_out_again_is_the_same_bit_for_bit() {
     let place = converted("gpt2");
     for (name, bf16s) in [("gpt2.bin", false), ("gpt2_bf16.bin", true)] {
         place.write(name, written(bf16s));
-        place.ok(&format!("convert from-llmc {name} in-{name}"));
+        place.ok(&format!("convert from-llmc {name} in-{name} --verify"));
         place.ok(&format!("convert to-llmc in-{name} again-{name}"));
         assert!(place.read(&format!("again-{name}")) == written(bf16s));
     }
     assert!(place.read("in-gpt2.bin/model.safetensors") == place.read("narrow/model.safetensors"));
 }
 
+/// The forward pass that `--verify` uses reads llm.c's file as what it is.
+#[test]
+fn the_plain_forward_of_a_file_is_that_of_transformers() {
+    let place = converted("gpt2");
+    place.write("gpt2.bin", written(false));
+    let (tokens, expected) = expected("gpt2");
+    let logits = |name: &str| Plain::of_llmc(&place.join(name)).unwrap().logits(&tokens).unwrap().concat();
+    assert!(difference(&logits("gpt2.bin"), &expected) <= TOLERANCE);
+    // Another model is seen to be one.
+    let mut other = written(false);
+    let at = other.len() - 3;
+    other[at] ^= 0x40;
+    place.write("other.bin", other);
+    assert!(difference(&logits("other.bin"), &expected) > TOLERANCE);
+}
+
 #[test]
 fn a_widened_model_leaves_by_llmc_as_by_hugging_face() {
     let place = converted("gpt2");
     place.ok("upscale narrow --out wide --residual 4 --ffn 4 --kv-heads 2 --head-dim 2");
-    place.ok("convert to-llmc wide wide.bin");
+    place.ok("convert to-llmc wide wide.bin --verify");
     place.ok("convert from-llmc wide.bin in");
     place.ok("convert to-hf in by-llmc");
     place.ok("convert to-hf wide by-hf");

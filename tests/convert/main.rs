@@ -3,7 +3,8 @@
 #[path = "../command/mod.rs"]
 mod command;
 mod hostile;
-mod llmc;
+#[path = "llmc.rs"]
+mod llmc_files;
 
 // The tool's own modules, to compare what they compute with golden logits.
 #[allow(dead_code, reason = "the rest runs through the program")]
@@ -16,8 +17,14 @@ mod export;
 #[path = "../../tools/convert/families.rs"]
 mod families;
 #[allow(dead_code, reason = "the rest runs through the program")]
+#[path = "../../tools/convert/import.rs"]
+mod import;
+#[allow(dead_code, reason = "the rest runs through the program")]
 #[path = "../../tools/convert/layout.rs"]
 mod layout;
+#[allow(dead_code, reason = "the rest runs through the program")]
+#[path = "../../tools/convert/llmc.rs"]
+mod llmc;
 #[allow(dead_code, reason = "the rest runs through the program")]
 #[path = "../../tools/convert/plain.rs"]
 mod plain;
@@ -288,7 +295,11 @@ fn a_tokenizer_goes_in_and_out() {
     place.ok("train -c run.toml --set run=words --set data.path=bpe");
     place.ok("convert to-hf words out");
     assert_eq!(place.read("out/tokenizer.json"), place.read("bpe/tokenizer.json"));
-    assert_eq!(json(&place.join("out/tokenizer_config.json"))["tokenizer_class"], "PreTrainedTokenizerFast");
+    let described = json(&place.join("out/tokenizer_config.json"));
+    assert_eq!(described["tokenizer_class"], "PreTrainedTokenizerFast");
+    // Programs that generate or score ask for the token that ends a document.
+    assert_eq!(described["eos_token"], "<|endoftext|>");
+    assert_eq!(json(&place.join("out/config.json"))["eos_token_id"], 0);
     place.ok("convert from-hf out in");
     let before = place.ok("generate words --prompt The --tokens 5 --temperature 0 --json").json();
     assert_eq!(place.ok("generate in --prompt The --tokens 5 --temperature 0 --json").json(), before);

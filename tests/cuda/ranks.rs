@@ -2,7 +2,10 @@
 
 use super::{
     Place, Said,
-    command::ranks::{end, losses, start_ranks, wait_for_a_step},
+    command::{
+        essence,
+        ranks::{end, losses, start_ranks, wait_for_a_step},
+    },
 };
 use std::{
     process::{Child, Command},
@@ -147,4 +150,55 @@ fn ranks_without_a_gpu_of_their_own_are_refused() {
     let place = Place::new();
     refused(&place, 3, 2, &[], "ranks on a host = 3: more than the 2 GPUs");
     refused(&place, 2, 1, &[], "ranks 0 and 1 have the same GPU");
+}
+
+/// Rank 0 measures the algorithms of products for all, and resuming takes them over.
+#[test]
+fn tuned_ranks_compute_with_the_same_algorithms() {
+    let place = Place::new();
+    let line = train("tuned", "--set autotune=true --set checkpoint.every=2");
+    let ranks = start(&place, &line, 2, 2, &[("MUPSCALE_LOG", "debug")]);
+    let chosen = |said: Said| {
+        assert_eq!(said.code, 0, "{}", said.err);
+        let (_, text) = said.err.split_once("algorithms: {").expect(&said.err);
+        text.split_once("\n}").unwrap().0.to_string()
+    };
+    let [first, second] = <[_; 2]>::try_from(ranks).unwrap().map(|rank| chosen(end(rank)));
+    assert!(first.matches("size:").count() > 5 && first == second, "{first}\n{second}");
+    let kept = String::from_utf8(place.read("tuned/tuning.json")).unwrap();
+    assert!(kept.contains(&first), "{kept}\n{first}");
+    let whole = essence(&place.join("tuned"), 4);
+    std::fs::remove_dir_all(place.join("tuned/checkpoints/step-00000004")).unwrap();
+    ok(&place, "resume tuned", 2, &[]);
+    assert!(essence(&place.join("tuned"), 4) == whole, "resuming differs");
+}
+
+/// A GPU's own times, of its queues.
+#[test]
+fn a_trace_shows_what_gpus_do() {
+    let place = Place::new();
+    ok(&place, &train("r", "--trace trace.json --trace-steps 3..4"), 2, &[]);
+    let trace: serde_json::Value = serde_json::from_slice(&place.read("trace.json")).unwrap();
+    let count = |rank: usize, lane: &str, name: &str| {
+        let events = trace["traceEvents"].as_array().unwrap().iter();
+        let named = |e: &&serde_json::Value| e["name"].as_str().unwrap().starts_with(name);
+        events.filter(|e| e["ph"] == "X" && e["pid"] == rank && e["cat"] == lane).filter(named).count()
+    };
+    for rank in 0..2 {
+        // Updates are recorded by then; micro-batches with sums over ranks never are.
+        assert!(count(rank, "compute", "recorded work") >= 2, "rank {rank}");
+        assert!(count(rank, "compute", "backward of block 0") >= 2 && count(rank, "copy", "batch") >= 4);
+        // A sum for each of three groups and for the losses; validation is after the fourth step.
+        assert_eq!(count(rank, "communication", "sum of"), 2 * 4 + 1);
+    }
+}
+
+#[test]
+fn sums_over_gpus_are_measured() {
+    let place = Place::empty();
+    let line = "bench comm --device cuda --smallest 65536 --largest 65536 --calls 2 --json";
+    let said: Vec<Said> = start(&place, line, 2, 2, &[]).into_iter().map(end).collect();
+    assert!(said.iter().all(|said| said.code == 0), "{}{}", said[0].err, said[1].err);
+    let found = said[0].json();
+    assert!(found["over"] == "nccl" && found["sizes"][0]["ms"].as_f64().unwrap() > 0.0, "{found}");
 }

@@ -1,4 +1,4 @@
-// The stand-in cuBLASLt: descriptors, a heuristic that offers one algorithm, and products enqueued through the stand-in
+// The stand-in cuBLASLt: descriptors, a heuristic that offers some algorithms, and products enqueued through the stand-in
 // driver. What the real library is documented to refuse it refuses, and says why on the error output.
 #include <algorithm>
 #include <cstdio>
@@ -72,11 +72,13 @@ enum Layout { TYPE, ORDER, ROWS, COLUMNS, STRIDE, BATCHES, BATCH_STRIDE };
 enum Preference { WORKSPACE = 1, ALIGNMENT_A = 5 };
 
 struct Algorithm {
-    uint64_t mark, problem, workspace, alignment[4], unused;
+    uint64_t mark, problem, workspace, alignment[4], number;
 };
 constexpr uint64_t MARK = 0x6f676c615f756d65;
 // What the algorithm wants beside its operands, where that is offered.
 constexpr size_t SCRATCH = 64 << 10;
+// Algorithms that are offered for a product, to those who want so many.
+constexpr int OFFERED = 3;
 
 Operand operand(const Attributes& layout, const void* at) {
     return {const_cast<void*>(at), layout.read(TYPE, F32), layout.read<uint64_t>(ROWS, 0),
@@ -281,7 +283,12 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void* desc, void* a, void* b, v
         uint64_t promised = attributes(preference).read<uint32_t>(ALIGNMENT_A + i, 256);
         results[0].algorithm.alignment[i] = alignment_of(*operands[i], promised);
     }
-    *found = 1;
+    // Further ones differ by their number only: to measure which is faster is to toss a coin.
+    *found = std::min(wanted, OFFERED);
+    for (int i = 1; i < *found; i++) {
+        results[i] = results[0];
+        results[i].algorithm.number = i;
+    }
     return SUCCESS;
 }
 

@@ -145,10 +145,11 @@ impl Place {
         fs::write(self.path().join(name), text).unwrap();
     }
 
-    /// Waits for files that processes write.
+    /// Waits for files that processes write, and for what is in them: a shell makes a file before it writes to it.
     pub fn wait_for(&self, names: &[&str]) {
         let start = Instant::now();
-        while let Some(missing) = names.iter().find(|name| !self.has(name)) {
+        let empty = |name: &&&str| !self.path().join(name).metadata().is_ok_and(|found| found.len() > 0);
+        while let Some(missing) = names.iter().find(empty) {
             assert!(start.elapsed() < PATIENCE, "no {missing}");
             sleep(Duration::from_millis(5));
         }

@@ -58,6 +58,24 @@ fn a_lost_node_is_replaced() {
 }
 
 #[test]
+fn the_host_of_the_store_stays_until_all_know_how_the_run_ended() {
+    let (place, port) = (Place::new(), free_port());
+    let script = "echo x > up.$RANK; [ $RANK = 1 ] && sleep 30; while [ ! -e fail ]; do sleep 0.02; done; exit 6";
+    // A launcher that stalls for a moment is not lost.
+    let options = |rank| numbered(rank, port).replace("keep_alive_interval=0.5", "keep_alive_interval=5");
+    let [first, second] = [0, 1].map(|rank| place.start(&options(rank), script));
+    place.wait_for(&["up.0", "up.1"]);
+    second.signal("STOP");
+    place.write("fail", "");
+    // By now the end is decided, and has been read where the store is.
+    sleep(Duration::from_millis(2500));
+    second.signal("CONT");
+    for said in [first, second].map(Job::end) {
+        said.expect(6, &["rank 0 (local rank 0", "exit code 6"]);
+    }
+}
+
+#[test]
 fn nodes_come_and_go_between_min_and_max() {
     let (place, port) = (Place::new(), free_port());
     let options = format!("--nnodes 1:2 --rdzv-endpoint 127.0.0.1:{port} --rdzv-id job {QUICK}");

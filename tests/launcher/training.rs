@@ -88,18 +88,18 @@ fn kills_of_any_rank_at_any_moment_cost_nothing_but_time() {
     const RANKS: usize = 4;
     // `tools/test --long` asks for more.
     let asked: u64 = std::env::var("MUPSCALE_KILLS").map_or(10, |kills| kills.parse().expect("a number of kills"));
-    let steps = 20 * asked;
-    // A save is under way at every moment.
-    let line = |run: &str| {
+    let steps = 4 * asked + 60;
+    // With every step saved a save is under way at every moment.
+    let line = |run: &str, every: u64| {
         format!(
-            "train -c run.toml --resume auto --set run={run} --set steps={steps} --set checkpoint.every=1 \
+            "train -c run.toml --resume auto --set run={run} --set steps={steps} --set checkpoint.every={every} \
              --set batch.micro_batches=4 --set comm.timeout=20 --set validation.every=0"
         )
     };
     let place = command::Place::new();
-    place.ok(&line("whole"));
+    place.ok(&line("whole", 0));
     let options = format!("--nproc-per-node {RANKS} --max-restarts {asked} --monitor-interval 0.02");
-    let job = start(&place, &options, &line("killed"));
+    let job = start(&place, &options, &line("killed", 1));
     let mut old: Vec<String> = Vec::new();
     // Ranks, and milliseconds after a checkpoint appeared, from a fixed sequence.
     for (rank, pause) in (1..=asked as usize).map(|i| (i * 5 % 7 % RANKS, (i * 7919 % 41) as u64)) {

@@ -32,6 +32,7 @@ impl Rows for Reader {
     }
 
     fn with(&self, name: &str, work: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.verify_tensor(name)?;
         let bytes = self.read(name, 0..self.tensor(name)?.shape.iter().product())?;
         work(&bytes);
         drop(bytes);

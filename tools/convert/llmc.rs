@@ -7,6 +7,7 @@ use crate::{
     families::{self, Fold},
     import::{self, Elements},
     layout::{Foreign, Part},
+    plain::Stored,
 };
 use mupscale::{
     DType, Error, Result,
@@ -24,6 +25,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{BufWriter, Write},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -67,12 +69,16 @@ fn tensors(spec: &DecoderSpec, fold: Fold, padded: usize) -> Result<Vec<Foreign>
     Ok(ORDER.into_iter().flat_map(layers).filter_map(|name| by_name.remove(&name)).collect())
 }
 
-/// A file of llm.c, and where each tensor begins.
-struct LlmcFile {
+/// A file of llm.c.
+pub struct LlmcFile {
     path: PathBuf,
     file: File,
     dtype: DType,
-    starts: BTreeMap<String, u64>,
+    /// The model that its header describes.
+    pub spec: DecoderSpec,
+    tensors: Vec<Foreign>,
+    /// Tensors by name: the place in `tensors`, and where in the file it begins.
+    places: BTreeMap<String, (usize, u64)>,
 }
 
 impl Elements for LlmcFile {
@@ -81,9 +87,7 @@ impl Elements for LlmcFile {
     }
 
     fn read(&self, tensor: &Foreign) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; tensor.shape.iter().product::<usize>() * self.dtype.size()];
-        self.file.read_exact_at(&mut bytes, self.starts[&tensor.name]).map_err(Error::io("read", &self.path))?;
-        Ok(bytes)
+        Stored::read(self, &tensor.name, 0..tensor.shape.iter().product())
     }
 
     fn place(&self) -> &Path {
@@ -91,60 +95,99 @@ impl Elements for LlmcFile {
     }
 }
 
-/// Converts an llm.c checkpoint.
-pub fn from_llmc(path: &Path, out: &Path, dtype: Option<DType>, force: bool) -> Result<()> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    let size = file.metadata().map_err(Error::io("read", path))?.len();
-    let mut header = [0i32; HEADER];
-    let refuse = |why: String| Error::file(path, why);
-    file.read_exact_at(bytemuck::cast_slice_mut(&mut header), 0)
-        .map_err(|_| refuse(format!("has {size} bytes, too few for a checkpoint of llm.c: copy it again")))?;
-    let [magic, version, context, vocab, layers, heads, channels, padded, ..] = header;
-    if magic != MAGIC {
-        let why = format!("starts with {magic} instead of {MAGIC}: it is no GPT-2 checkpoint of llm.c");
-        return Err(refuse(why));
+impl Stored for LlmcFile {
+    fn place(&self) -> &Path {
+        &self.path
     }
-    let found = match version {
-        3 => DType::F32,
-        5 => DType::BF16,
-        _ => {
+
+    fn names(&self) -> Vec<&str> {
+        self.places.keys().map(String::as_str).collect()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+
+    fn meta(&self, name: &str) -> Result<(DType, &[usize])> {
+        Ok((self.dtype, &self.tensors[self.find(name)?.0].shape))
+    }
+
+    fn read(&self, name: &str, elements: Range<usize>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; elements.len() * self.dtype.size()];
+        let start = self.find(name)?.1 + (elements.start * self.dtype.size()) as u64;
+        self.file.read_exact_at(&mut bytes, start).map_err(Error::io("read", &self.path))?;
+        Ok(bytes)
+    }
+}
+
+impl LlmcFile {
+    fn find(&self, name: &str) -> Result<(usize, u64)> {
+        self.places.get(name).copied().ok_or_else(|| Error::tensor(&self.path, name, "is no tensor of llm.c's GPT-2"))
+    }
+
+    /// Opens a file; its header is checked, and its size against the header.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        let size = file.metadata().map_err(Error::io("read", path))?.len();
+        let mut header = [0i32; HEADER];
+        let refuse = |why: String| Error::file(path, why);
+        file.read_exact_at(bytemuck::cast_slice_mut(&mut header), 0)
+            .map_err(|_| refuse(format!("has {size} bytes, too few for a checkpoint of llm.c: copy it again")))?;
+        let [magic, version, context, vocab, layers, heads, channels, padded, ..] = header;
+        if magic != MAGIC {
+            let why = format!("starts with {magic} instead of {MAGIC}: it is no GPT-2 checkpoint of llm.c");
+            return Err(refuse(why));
+        }
+        let found = match version {
+            3 => DType::F32,
+            5 => DType::BF16,
+            _ => {
+                return Err(refuse(format!(
+                    "is of version {version}; known are 3 (f32) and 5 (bf16), as llm.c writes them"
+                )));
+            }
+        };
+        let positive = |name: &str, value: i32| {
+            let size = usize::try_from(value).ok().filter(|&n| n > 0);
+            size.ok_or_else(|| refuse(format!("its header says {name} {value}: it is damaged, copy it again")))
+        };
+        let (vocab, padded) = (positive("vocabulary", vocab)?, positive("padded vocabulary", padded)?);
+        let (heads, residual) = (positive("heads", heads)?, positive("channels", channels)?);
+        if !residual.is_multiple_of(heads) || padded < vocab {
+            let why = format!(
+                "its header contradicts itself: {residual} channels of {heads} heads, {vocab} of {padded} tokens"
+            );
+            return Err(refuse(why));
+        }
+        let dims = Dims::from_iter([
+            (Width::Residual, residual),
+            (Width::Ffn, 4 * residual),
+            (Width::KvHeads, heads),
+            (Width::Group, 1),
+            (Width::HeadDim, residual / heads),
+        ]);
+        let parts = Gpt2 { bias: true, activation: Activation::GeluTanh, tied: true };
+        let spec = gpt2::spec(dims, positive("layers", layers)?, vocab, positive("sequence", context)?, parts);
+        Spec::Decoder(spec.clone()).check().map_err(|e| refuse(e.to_string()))?;
+        let tensors = tensors(&spec, Fold::NONE, padded)?;
+        let (mut places, mut end) = (BTreeMap::new(), (HEADER * 4) as u64);
+        for (i, tensor) in tensors.iter().enumerate() {
+            places.insert(tensor.name.clone(), (i, end));
+            end += tensor.shape.iter().product::<usize>() as u64 * found.size() as u64;
+        }
+        if end != size {
             return Err(refuse(format!(
-                "is of version {version}; known are 3 (f32) and 5 (bf16), as llm.c writes them"
+                "its header describes {end} bytes, but it has {size}: it is cut off or damaged"
             )));
         }
-    };
-    let positive = |name: &str, value: i32| {
-        let size = usize::try_from(value).ok().filter(|&n| n > 0);
-        size.ok_or_else(|| refuse(format!("its header says {name} {value}: it is damaged, copy it again")))
-    };
-    let (vocab, padded) = (positive("vocabulary", vocab)?, positive("padded vocabulary", padded)?);
-    let (heads, residual) = (positive("heads", heads)?, positive("channels", channels)?);
-    if !residual.is_multiple_of(heads) || padded < vocab {
-        let why =
-            format!("its header contradicts itself: {residual} channels of {heads} heads, {vocab} of {padded} tokens");
-        return Err(refuse(why));
+        Ok(Self { path: path.into(), file, dtype: found, spec, tensors, places })
     }
-    let dims = Dims::from_iter([
-        (Width::Residual, residual),
-        (Width::Ffn, 4 * residual),
-        (Width::KvHeads, heads),
-        (Width::Group, 1),
-        (Width::HeadDim, residual / heads),
-    ]);
-    let parts = Gpt2 { bias: true, activation: Activation::GeluTanh, tied: true };
-    let spec = gpt2::spec(dims, positive("layers", layers)?, vocab, positive("sequence", context)?, parts);
-    Spec::Decoder(spec.clone()).check().map_err(|e| refuse(e.to_string()))?;
-    let tensors = tensors(&spec, Fold::NONE, padded)?;
-    let (mut starts, mut end) = (BTreeMap::new(), (HEADER * 4) as u64);
-    for tensor in &tensors {
-        starts.insert(tensor.name.clone(), end);
-        end += tensor.shape.iter().product::<usize>() as u64 * found.size() as u64;
-    }
-    if end != size {
-        return Err(refuse(format!("its header describes {end} bytes, but it has {size}: it is cut off or damaged")));
-    }
-    let from = LlmcFile { path: path.into(), file, dtype: found, starts };
-    import::write(spec, None, &from, &tensors, dtype, Writer::create(out, force)?)
+}
+
+/// Converts an llm.c checkpoint.
+pub fn from_llmc(path: &Path, out: &Path, dtype: Option<DType>, force: bool) -> Result<()> {
+    let file = LlmcFile::open(path)?;
+    import::write(file.spec.clone(), None, &file, &file.tensors, dtype, Writer::create(out, force)?)
 }
 
 /// Writes an llm.c checkpoint, in f32 or bf16.

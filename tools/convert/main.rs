@@ -29,7 +29,7 @@ use import::{CARRIED, FOREIGN_CONFIG};
 use mupscale::{
     DType, Error, Result,
     checkpoint::MANIFEST,
-    data::{dataset::TOKENIZER_FILE, output::Partial},
+    data::{Tokenizer, dataset::TOKENIZER_FILE, output::Partial},
     run,
     upscale::Origin,
 };
@@ -43,7 +43,7 @@ use std::{
 
 /// Convert checkpoints between mupscale, Hugging Face and llm.c
 #[derive(Parser)]
-#[command(name = "mupscale-convert", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "mupscale-convert", version = env!("MUPSCALE_VERSION"), propagate_version = true, max_term_width = 100)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -93,6 +93,9 @@ enum Command {
         file: PathBuf,
         /// The checkpoint to write
         out: PathBuf,
+        /// Compare logits of both sides afterwards
+        #[arg(long)]
+        verify: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -102,6 +105,9 @@ enum Command {
         checkpoint: PathBuf,
         /// The file to write
         out: PathBuf,
+        /// Compare logits of both sides afterwards
+        #[arg(long)]
+        verify: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -175,10 +181,15 @@ impl Command {
                 to_hf(&checkpoint, &out, style, shard as usize, files.as_deref(), &common)?;
                 if verify { report(&checkpoint, &out, &out) } else { Ok(()) }
             }
-            Self::FromLlmc { file, out, common } => llmc::from_llmc(&file, &out, common.dtype(), common.force),
-            Self::ToLlmc { checkpoint, out, common } => {
-                let origin = Origin::open(&run::checkpoint_path(&checkpoint)?)?;
-                llmc::to_llmc(&origin, &out, common.dtype(), common.force)
+            Self::FromLlmc { file, out, verify, common } => {
+                llmc::from_llmc(&file, &out, common.dtype(), common.force)?;
+                if verify { report(&out, &file, &out) } else { Ok(()) }
+            }
+            Self::ToLlmc { checkpoint, out, verify, common } => {
+                let checkpoint = run::checkpoint_path(&checkpoint)?;
+                let origin = Origin::open_to_stream(&checkpoint)?;
+                llmc::to_llmc(&origin, &out, common.dtype(), common.force)?;
+                if verify { report(&checkpoint, &out, &out) } else { Ok(()) }
             }
             Self::ToNanogpt { data, out, force } => shards::to_nanogpt(&data, &out, force),
         }
@@ -194,7 +205,7 @@ fn to_hf(
     files: Option<&Path>,
     common: &Common,
 ) -> Result<()> {
-    let origin = Origin::open(checkpoint)?;
+    let origin = Origin::open_to_stream(checkpoint)?;
     let mut export = Export::new(export::decoder(&origin)?, &origin.meaning.scaling, style)?;
     if out.join(MANIFEST).exists() {
         return Err(Error::file(out, "is a checkpoint, which no other folder replaces: choose another name"));
@@ -212,10 +223,9 @@ fn to_hf(
         fs::write(dir.join(name), bytes).map_err(Error::io("write", dir.join(name)))?;
     }
     tokens(&origin, files, &mut export.config)?;
-    let generic = dir.join("tokenizer_config.json");
-    if dir.join(TOKENIZER_FILE).exists() && !generic.exists() {
-        let class = json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
-        tensors::write_json(&generic, &class)?;
+    let (tokenizer, generic) = (dir.join(TOKENIZER_FILE), dir.join("tokenizer_config.json"));
+    if tokenizer.exists() && !generic.exists() {
+        end_of_text(&Tokenizer::load(&tokenizer)?, &generic, &mut export.config)?;
     }
     export.write(&origin, dir, common.dtype(), shard)?;
     partial.publish()
@@ -236,9 +246,26 @@ fn tokens(origin: &Origin, files: Option<&Path>, config: &mut Map<String, Value>
     Ok(())
 }
 
+/// Writes the configuration of a tokenizer that came without one, as those that were trained here do. What ends a document
+/// begins one too, as in GPT-2.
+fn end_of_text(tokenizer: &Tokenizer, path: &Path, config: &mut Map<String, Value>) -> Result<()> {
+    let mut described = json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
+    if let Some(token) = tokenizer.end_of_text() {
+        let text = tokenizer.decode(&[token])?;
+        for name in ["bos_token", "eos_token"] {
+            described[name] = text.clone().into();
+            let id = config.entry(format!("{name}_id")).or_insert(Value::Null);
+            if id.is_null() {
+                *id = token.into();
+            }
+        }
+    }
+    tensors::write_json(path, &described)
+}
+
 /// Compares logits and says so. 16-bit weights round what is folded into them.
-fn report(checkpoint: &Path, hf: &Path, written: &Path) -> Result<()> {
-    let difference = verify::compare(checkpoint, hf)?;
+fn report(checkpoint: &Path, foreign: &Path, written: &Path) -> Result<()> {
+    let difference = verify::compare(checkpoint, foreign)?;
     let (largest, scale) = (difference.largest, difference.scale);
     let line = format!("largest difference {largest:.3e}, largest logit {scale:.3e}, ratio {:.3e}\n", largest / scale);
     let mut out = io::stdout().lock();

@@ -1,21 +1,40 @@
 //! The other side of `--verify`: logits of a Hugging Face folder, written against the definition of each family in
 //! `transformers` (`models/*/modeling_*.py`) and nothing of ours: no multipliers but Granite's own, no axes, no folding.
 //! Plain loops in f64, one tensor in memory at a time. Golden logits of `transformers` itself hold it to its word.
+//! A file of llm.c is a GPT-2 whose matrices lie the other way round (`train_gpt2.c`).
 
-use crate::{config::HfConfig, layout::floats, tensors::TensorFiles};
-use mupscale::{Error, Result};
+use crate::{config::HfConfig, layout::floats, llmc::LlmcFile, tensors::TensorFiles};
+use mupscale::{DType, Error, Result};
 use rayon::prelude::*;
-use serde_json::Value;
-use std::{f64::consts::PI, path::Path};
+use serde_json::{Map, Value, json};
+use std::{f64::consts::PI, ops::Range, path::Path};
 
 /// Rows of a matrix that a task reads at a time.
 const ROWS: usize = 256;
 
-/// A model's folder.
+/// Tensors of a model by name.
+pub trait Stored: Sync {
+    /// The folder or file that holds them.
+    fn place(&self) -> &Path;
+    /// Their names.
+    fn names(&self) -> Vec<&str>;
+    /// Whether there is one of this name.
+    fn has(&self, name: &str) -> bool;
+    /// Type and shape.
+    fn meta(&self, name: &str) -> Result<(DType, &[usize])>;
+    /// Elements, in flat order.
+    fn read(&self, name: &str, elements: Range<usize>) -> Result<Vec<u8>>;
+}
+
+/// A model from elsewhere.
 pub struct Plain {
-    files: TensorFiles,
-    config: HfConfig,
+    files: Box<dyn Stored>,
+    config: Map<String, Value>,
     family: &'static str,
+    /// GPT-2's matrices are `[inputs, outputs]`.
+    conv1d: bool,
+    /// Classes of the readout; rows of its matrix beyond them are padding.
+    vocab: Option<usize>,
 }
 
 /// T vectors side by side.
@@ -25,7 +44,16 @@ impl Plain {
     /// Opens a folder.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = HfConfig::open(dir)?;
-        Ok(Self { files: TensorFiles::open(dir)?, family: config.family()?, config })
+        let (files, family) = (Box::new(TensorFiles::open(dir)?), config.family()?);
+        Ok(Self { files, family, config: config.values, conv1d: true, vocab: None })
+    }
+
+    /// Opens a file of llm.c.
+    pub fn of_llmc(path: &Path) -> Result<Self> {
+        let file = LlmcFile::open(path)?;
+        let (layers, heads, vocab) = (file.spec.layers, file.spec.dims.heads(), Some(file.spec.vocab));
+        let config = json!({ "n_layer": layers, "n_head": heads }).as_object().cloned().unwrap_or_default();
+        Ok(Self { files: Box::new(file), config, family: "gpt2", conv1d: false, vocab })
     }
 
     /// Whether some weights are of 16 bits.
@@ -36,20 +64,25 @@ impl Plain {
 
     /// Logits of every position.
     pub fn logits(&self, tokens: &[i32]) -> Result<Rows> {
-        if self.family == "gpt2" { self.gpt2(tokens) } else { self.llama(tokens) }
+        let mut logits = if self.family == "gpt2" { self.gpt2(tokens) } else { self.llama(tokens) }?;
+        if let Some(vocab) = self.vocab {
+            logits.iter_mut().for_each(|row| row.truncate(vocab));
+        }
+        Ok(logits)
     }
 
     fn number(&self, key: &str) -> Option<f64> {
-        self.config.values.get(key).and_then(Value::as_f64)
+        self.config.get(key).and_then(Value::as_f64)
     }
 
     fn size(&self, key: &str) -> Result<usize> {
         let size = self.number(key).filter(|n| *n >= 1.0);
-        size.map(|n| n as usize).ok_or_else(|| Error::file(self.files.dir(), format!("config.json has no {key}")))
+        size.map(|n| n as usize).ok_or_else(|| Error::file(self.files.place(), format!("config.json has no {key}")))
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f64>> {
-        Ok(floats(&self.files.read_all(name)?, self.files.meta(name)?.0))
+        let (dtype, shape) = self.files.meta(name)?;
+        Ok(floats(&self.files.read(name, 0..shape.iter().product())?, dtype))
     }
 
     /// Rows of an embedding.
@@ -97,6 +130,11 @@ impl Plain {
         Ok(y)
     }
 
+    /// A layer of GPT-2.
+    fn projection(&self, name: &str, x: &Rows) -> Result<Rows> {
+        if self.conv1d { self.conv1d(name, x) } else { self.linear(name, x) }
+    }
+
     fn add_bias(&self, name: &str, y: &mut Rows) -> Result<()> {
         let bias = format!("{name}.bias");
         if self.files.has(&bias) {
@@ -131,18 +169,18 @@ impl Plain {
         let mut x = self.rows(&format!("{prefix}wte.weight"), tokens.iter().map(|&t| t as usize))?;
         add(&mut x, &self.rows(&format!("{prefix}wpe.weight"), 0..tokens.len())?, 1.0);
         let size = x[0].len() / heads;
-        let exact = self.config.values.get("activation_function").and_then(Value::as_str) == Some("gelu");
-        let relu = self.config.values.get("activation_function").and_then(Value::as_str) == Some("relu");
+        let exact = self.config.get("activation_function").and_then(Value::as_str) == Some("gelu");
+        let relu = self.config.get("activation_function").and_then(Value::as_str) == Some("relu");
         for i in 0..layers {
             let at = |part: &str| format!("{prefix}h.{i}.{part}");
-            let qkv = self.conv1d(&at("attn.c_attn"), &self.layer_norm(&at("ln_1"), &x, eps)?)?;
+            let qkv = self.projection(&at("attn.c_attn"), &self.layer_norm(&at("ln_1"), &x, eps)?)?;
             let third = |part: usize| -> Rows {
                 qkv.iter().map(|row| row[part * row.len() / 3..(part + 1) * row.len() / 3].to_vec()).collect()
             };
             let scale = (size as f64).sqrt().recip();
             let attended = attention(&third(0), &third(1), &third(2), heads, heads, scale);
-            add(&mut x, &self.conv1d(&at("attn.c_proj"), &attended)?, 1.0);
-            let mut hidden = self.conv1d(&at("mlp.c_fc"), &self.layer_norm(&at("ln_2"), &x, eps)?)?;
+            add(&mut x, &self.projection(&at("attn.c_proj"), &attended)?, 1.0);
+            let mut hidden = self.projection(&at("mlp.c_fc"), &self.layer_norm(&at("ln_2"), &x, eps)?)?;
             hidden.iter_mut().flatten().for_each(|h| {
                 *h = match (exact, relu) {
                     (true, _) => 0.5 * *h * (1.0 + libm::erf(*h / 2f64.sqrt())),
@@ -150,7 +188,7 @@ impl Plain {
                     _ => 0.5 * *h * (1.0 + ((2.0 / PI).sqrt() * (*h + 0.044715 * h.powi(3))).tanh()),
                 }
             });
-            add(&mut x, &self.conv1d(&at("mlp.c_proj"), &hidden)?, 1.0);
+            add(&mut x, &self.projection(&at("mlp.c_proj"), &hidden)?, 1.0);
         }
         let x = self.layer_norm(&format!("{prefix}ln_f"), &x, eps)?;
         let head = if self.files.has("lm_head.weight") { "lm_head" } else { &format!("{prefix}wte") };
@@ -207,14 +245,14 @@ impl Plain {
 
     /// `inv_freq`, as `modeling_rope_utils.py` computes it.
     fn frequencies(&self, size: usize) -> Result<Vec<f64>> {
-        let values = &self.config.values;
+        let values = &self.config;
         let scaling = ["rope_parameters", "rope_scaling"].iter().find_map(|k| values.get(*k)?.as_object());
         let get = |key: &str| scaling.and_then(|s| s.get(key)).and_then(Value::as_f64);
         let base = get("rope_theta").or(self.number("rope_theta")).unwrap_or(10_000.0);
         let mut frequencies: Vec<f64> = (0..size / 2).map(|i| base.powf(-2.0 * i as f64 / size as f64)).collect();
         let kind = ["rope_type", "type"].iter().find_map(|k| scaling?.get(*k)?.as_str()).unwrap_or("default");
         let need =
-            |key: &str| get(key).ok_or_else(|| Error::file(self.files.dir(), format!("rope scaling has no {key}")));
+            |key: &str| get(key).ok_or_else(|| Error::file(self.files.place(), format!("rope scaling has no {key}")));
         match kind {
             "linear" => {
                 let factor = need("factor")?;

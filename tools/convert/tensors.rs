@@ -1,5 +1,6 @@
 //! Safetensors as the Hugging Face hub has them: one file, or shards with an index. Read and written a tensor at a time.
 
+use crate::plain::Stored;
 use mupscale::{DType, Error, Result};
 use safetensors::{
     Dtype,
@@ -198,6 +199,28 @@ impl TensorFiles {
             let nearest = nearest.map_or(String::new(), |known| format!("; the nearest name is {known}"));
             Error::tensor(&self.dir, name, format!("is missing, but config.json describes it{nearest}"))
         })
+    }
+}
+
+impl Stored for TensorFiles {
+    fn place(&self) -> &Path {
+        self.dir()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        TensorFiles::names(self)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        TensorFiles::has(self, name)
+    }
+
+    fn meta(&self, name: &str) -> Result<(DType, &[usize])> {
+        TensorFiles::meta(self, name)
+    }
+
+    fn read(&self, name: &str, elements: std::ops::Range<usize>) -> Result<Vec<u8>> {
+        TensorFiles::read(self, name, elements)
     }
 }
 

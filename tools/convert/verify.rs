@@ -1,4 +1,4 @@
-//! `--verify`: logits of a checkpoint and of a Hugging Face folder on the same tokens, and how far they are apart.
+//! `--verify`: logits of a checkpoint and of a foreign model on the same tokens, and how far they are apart.
 //!
 //! The checkpoint is computed by the library's own forward pass in f64, one block in memory at a time: a decoder of one
 //! block, whose embedding is the residual stream so far.
@@ -31,18 +31,19 @@ const CLASSES: usize = 1 << 12;
 pub struct Difference {
     /// Largest |difference| of a logit.
     pub largest: f64,
-    /// Largest |logit| of the Hugging Face side.
+    /// Largest |logit| of the foreign side.
     pub scale: f64,
     /// Allowed part of the largest: f32 holds what is folded to 1e-7, 16 bits to 1e-2.
     tolerance: f64,
 }
 
-/// Compares a checkpoint with a Hugging Face folder.
-pub fn compare(checkpoint: &Path, hf: &Path) -> Result<Difference> {
-    let origin = Origin::open(checkpoint)?;
+/// Compares a checkpoint with a Hugging Face folder or a file of llm.c. What was just written or read whole is not
+/// checked by its checksums again.
+pub fn compare(checkpoint: &Path, foreign: &Path) -> Result<Difference> {
+    let origin = Origin::open_to_stream(checkpoint)?;
     let spec = decoder(&origin)?;
     let tokens: Vec<i32> = (0..TOKENS.min(spec.context)).map(|i| (i * 7919 % spec.vocab) as i32).collect();
-    let plain = Plain::open(hf)?;
+    let plain = if foreign.is_dir() { Plain::open(foreign)? } else { Plain::of_llmc(foreign)? };
     let theirs = plain.logits(&tokens)?.concat();
     let ours = logits(&origin, &tokens)?;
     let largest = |values: &mut dyn Iterator<Item = f64>| {

@@ -12,7 +12,7 @@ use mupscale::{
     comm::store::{Client, Server},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     thread::sleep,
     time::{Duration, Instant},
@@ -104,11 +104,14 @@ impl Leader {
         }
     }
 
-    /// Gives all agents the time to read the last step; each ends its lease when it has ended.
+    /// Gives all agents the time to read the last step; each ends its lease when it has ended, so those that are still
+    /// there are not those that have read it.
     fn farewell(&self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(5);
-        let read = |store: &Client| Ok::<_, mupscale::Error>(store.keys("read/")?.len());
-        while read(&self.store)? < self.store.keys("node/")?.len() && Instant::now() < end {
+        let agents = |prefix: &str| -> Result<BTreeSet<_>> {
+            Ok(self.store.keys(prefix)?.iter().filter_map(|key| number_in(key)).collect())
+        };
+        while !agents("node/")?.is_subset(&agents("read/")?) && Instant::now() < end {
             sleep(Duration::from_millis(20));
         }
         Ok(())
@@ -231,8 +234,9 @@ impl Leader {
         self.rounds += 1;
         let (mut places, mut world) = (Vec::new(), 0);
         for &agent in agents {
-            places.push(Place { agent, first: world });
-            world += self.nodes[&agent].processes;
+            let Node { name, address, processes, .. } = &self.nodes[&agent];
+            places.push(Place { agent, node: format!("{name} ({address})"), first: world });
+            world += processes;
         }
         let address = SocketAddr::new(self.rules.address, 0).to_string();
         let served = Server::start(&address, &token(&self.rules.run, self.rounds))?;
@@ -258,7 +262,7 @@ impl Leader {
     fn watch(&mut self) -> Result<bool> {
         let Phase::Running { places, ended, failure } = &self.phase else { return Ok(false) };
         let gone = |place: &&Place| !self.nodes.contains_key(&place.agent) && !ended.contains_key(&place.agent);
-        let lost = places.iter().find(gone).map(|place| place.agent);
+        let lost = places.iter().find(gone).map(|place| format!("node {}, {},", place.agent, place.node));
         let (all, ended) = (ended.len() == places.len(), ended.clone());
         let failure = failure.as_ref().filter(|(_, since)| places.len() == 1 || since.elapsed() >= SETTLE).cloned();
         let (room, members) = (places.len() < self.rules.nodes.max, places.clone());
@@ -280,8 +284,8 @@ impl Leader {
             let how = if code == 0 || code == STOPPED { "" } else { "; not all processes ended well" };
             return self.over(code, format!("stopped by {}{how}", signal_name(signal)), vec![]);
         }
-        if let Some(agent) = lost {
-            let what = format!("node {agent} is lost: nothing is heard of its launcher");
+        if let Some(node) = lost {
+            let what = format!("{node} is lost: nothing is heard of its launcher");
             if self.elastic() {
                 return self.again(what);
             }

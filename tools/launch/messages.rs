@@ -81,6 +81,8 @@ pub struct Said {
 pub struct Place {
     /// The agent.
     pub agent: usize,
+    /// Its node in words.
+    pub node: String,
     /// Rank of its first process.
     pub first: usize,
 }

@@ -9,7 +9,7 @@ use std::{
     cell::Cell,
     ffi::{CStr, c_char, c_int},
     ptr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 /// The oldest driver that is supported: 12.4 (r550), the first that tells a kernel's parameters.
@@ -261,7 +261,34 @@ impl Drop for Queue {
 
 /// Events that wait to be used again: a step makes some, and creating one costs more than recording it.
 #[derive(Default)]
-pub(super) struct EventPool(Mutex<Vec<usize>>);
+pub(super) struct EventPool {
+    spare: Mutex<Vec<usize>>,
+    /// Whether they tell times, which makes recording them dearer.
+    timed: bool,
+}
+
+impl EventPool {
+    /// Of events that tell times.
+    pub(super) fn timed() -> Self {
+        Self { spare: Mutex::default(), timed: true }
+    }
+}
+
+/// `cuEventElapsedTime`.
+type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> CUresult;
+
+/// Every driver has it; the binding knows only its successor, of CUDA 12.8.
+fn elapsed_time() -> Result<ElapsedTime> {
+    static FOUND: OnceLock<ElapsedTime> = OnceLock::new();
+    if let Some(&found) = FOUND.get() {
+        return Ok(found);
+    }
+    let library = library::load(library::DRIVER)?;
+    let missing = |e| Error::Device(format!("cuEventElapsedTime is missing: {e}"));
+    // SAFETY: the type is that of the driver's function of this name; the driver stays open.
+    let found = *unsafe { library.get::<ElapsedTime>(b"cuEventElapsedTime\0") }.map_err(missing)?;
+    Ok(*FOUND.get_or_init(|| found))
+}
 
 /// A point in a queue.
 pub struct Event {
@@ -271,15 +298,17 @@ pub struct Event {
 
 // SAFETY: events may be used from any thread.
 unsafe impl Send for Event {}
+// SAFETY: as above; recording takes a new one.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// Marks the present end of a queue.
     pub(super) fn record(pool: &Arc<EventPool>, queue: &Queue) -> Result<Self> {
         queue.context.bind()?;
-        let spare = pool.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = pool.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut raw = spare.map_or(ptr::null_mut(), |address| address as sys::CUevent);
         if raw.is_null() {
-            let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+            let flags = if pool.timed { 0 } else { sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32 };
             // SAFETY: a plain out-parameter.
             cuda!(cuEventCreate(&mut raw, flags))?;
         }
@@ -299,6 +328,15 @@ impl Event {
         queue.context.bind()?;
         // SAFETY: a live event and a live stream.
         cuda!(cuStreamWaitEvent(queue.raw, self.raw, 0))
+    }
+
+    /// Seconds from an earlier point to this one; both are timed, and have passed.
+    pub(super) fn seconds_since(&self, earlier: &Self, context: &Context) -> Result<f64> {
+        let (elapsed, mut milliseconds) = (elapsed_time()?, 0.0);
+        context.bind()?;
+        // SAFETY: live events; a plain out-parameter.
+        check(unsafe { elapsed(&mut milliseconds, earlier.raw, self.raw) }, "cuEventElapsedTime")?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
 
     /// Whether this point has passed.
@@ -322,7 +360,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         if !self.raw.is_null() {
-            self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).push(self.raw as usize);
+            self.pool.spare.lock().unwrap_or_else(PoisonError::into_inner).push(self.raw as usize);
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::Cuda;
 use crate::{
     DType,
-    backend::{Mut, Ref},
+    backend::{Mut, Ref, Tensor},
 };
 use cudarc::cublaslt::sys::cublasLtEpilogue_t as Kind;
 
@@ -26,7 +26,22 @@ pub(crate) enum Epilogue<'a> {
     RowSums(Mut<'a, Cuda>),
 }
 
-impl Epilogue<'_> {
+impl<'a> Epilogue<'a> {
+    /// One that the library calls this, over memory of c's type: as many numbers as c has rows or columns, and as many as
+    /// c has in memory.
+    pub(super) fn of(kind: Kind, vector: &'a mut Tensor<Cuda>, matrix: &'a mut Tensor<Cuda>) -> Self {
+        match kind {
+            Kind::CUBLASLT_EPILOGUE_BIAS => Self::Bias(vector.view()),
+            Kind::CUBLASLT_EPILOGUE_GELU_AUX => Self::Gelu { before: matrix.view_mut(), bias: None },
+            Kind::CUBLASLT_EPILOGUE_GELU_AUX_BIAS => {
+                Self::Gelu { before: matrix.view_mut(), bias: Some(vector.view()) }
+            }
+            Kind::CUBLASLT_EPILOGUE_DGELU => Self::GeluSlope(matrix.view()),
+            Kind::CUBLASLT_EPILOGUE_BGRADB => Self::RowSums(vector.view_mut()),
+            _ => Self::Plain,
+        }
+    }
+
     /// The library's name. Its matrices are the transposes of ours, so a row of a is a column of its B.
     pub(super) fn kind(&self) -> Kind {
         match self {

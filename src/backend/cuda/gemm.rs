@@ -3,13 +3,13 @@
 //! cuBLASLt's matrices are column-major. A row-major C = A·B is the column-major Cᵀ = Bᵀ·Aᵀ over the same memory, so the
 //! operands change places. A shape's algorithm is the first one that the library's heuristic offers, among those whose
 //! sums have a fixed order, or with `autotune` the fastest of the first eight; it is chosen at the shape's first use and
-//! kept. Products of f32 never use TF32.
+//! kept; of several ranks one measures for all. Products of f32 never use TF32.
 #![allow(unsafe_code, reason = "calls cuBLASLt")]
 
 use super::{Cuda, Epilogue, Memory, library, tuning::Tuning};
 use crate::{
     DType, Error, Result,
-    backend::{Backend, Mut, Ref, Stream},
+    backend::{Backend, Mut, Ref, Stream, Tensor},
 };
 use cudarc::cublaslt::{
     result::CublasError,
@@ -65,7 +65,9 @@ pub(super) struct Products {
     /// None where the library does not offer the epilogue.
     prepared: HashMap<Shape, Option<Prepared>>,
     /// With `autotune`: what was measured.
-    pub(super) tuning: Option<Tuning>,
+    tuning: Option<Tuning>,
+    /// Whether nothing is measured at first use, but when ranks do it together.
+    waits: bool,
 }
 
 // SAFETY: a handle may be used from any thread; the descriptors lie behind this value's lock.
@@ -101,7 +103,25 @@ impl Products {
         lt!(cublasLtCreate(&mut handle))?;
         // SAFETY: takes nothing, and the library is there.
         let version = unsafe { sys::cublasLtGetVersion() };
-        Ok(Self { handle, prepared: HashMap::new(), tuning: tunes.map(|device| Tuning::new(device, version)) })
+        let tuning = tunes.map(|device| Tuning::new(device, version));
+        Ok(Self { handle, prepared: HashMap::new(), tuning, waits: false })
+    }
+
+    /// See [`Cuda::measure_products`].
+    pub(super) fn wait(&mut self) {
+        self.waits = true;
+    }
+
+    /// See [`Backend::tuning`].
+    pub(super) fn tuning(&self) -> Option<String> {
+        self.tuning.as_ref().and_then(|tuning| serde_json::to_string_pretty(tuning).ok())
+    }
+
+    /// See [`Backend::tune`].
+    pub(super) fn tune(&mut self, text: &str) -> bool {
+        // What was prepared with another algorithm is prepared anew.
+        self.prepared.clear();
+        self.tuning.as_mut().is_none_or(|tuning| tuning.take_over(text))
     }
 
     /// `measure` gives the seconds that a product takes. None where the library does not offer an epilogue that is
@@ -125,9 +145,12 @@ impl Products {
                 let key = format!("{shape:?}");
                 match tuning.algorithms.get(&key) {
                     Some(&data) => prepared.algorithm.data = data,
-                    None => prepared.keep_fastest(measure)?,
+                    None if self.waits => {}
+                    None => {
+                        prepared.keep_fastest(measure)?;
+                        tuning.algorithms.insert(key, prepared.algorithm.data);
+                    }
                 }
-                tuning.algorithms.insert(key, prepared.algorithm.data);
             }
             self.prepared.insert(shape, prepared);
         }
@@ -344,6 +367,35 @@ impl Cuda {
         let Some(prepared) = prepared else { return Ok(false) };
         self.multiply(handle, prepared, operands, c.address().0, (alpha, beta), epilogue)?;
         Ok(true)
+    }
+
+    /// Measures the products of several ranks that were used so far, on one of them for all: until then they take the
+    /// library's first choice, and so do those that none of them used before.
+    pub(super) fn measure_products(&self) -> Result<()> {
+        self.bind()?;
+        let mut products = self.products();
+        let Products { handle, prepared, tuning: Some(tuning), .. } = &mut *products else { return Ok(()) };
+        for (shape, prepared) in prepared {
+            let Some(prepared) = prepared else { continue };
+            let key = format!("{shape:?}");
+            if tuning.algorithms.contains_key(&key) {
+                continue;
+            }
+            let [m, n, k] = shape.size;
+            let rows = [if shape.transposed[0] { k } else { m }, if shape.transposed[1] { n } else { k }, m];
+            let operand = |i: usize| Tensor::new(self, shape.types[i], rows[i] * shape.strides[i]);
+            let (a, b, c) = (operand(0)?, operand(1)?, operand(2)?);
+            // What its epilogue reads or writes: a number for each row or column, and what lies in memory as c does.
+            let (mut vector, mut matrix) = (Tensor::new(self, shape.types[2], m.max(n))?, operand(2)?);
+            let epilogue = Epilogue::of(shape.epilogue, &mut vector, &mut matrix);
+            let operands = [b.view().address().0, a.view().address().0];
+            let result = c.view().address().0;
+            prepared.keep_fastest(|prepared| {
+                self.seconds(|| self.multiply(*handle, prepared, operands, result, (1.0, 0.0), &epilogue))
+            })?;
+            tuning.algorithms.insert(key, prepared.algorithm.data);
+        }
+        Ok(())
     }
 
     /// Seconds of some work, once it is warm.

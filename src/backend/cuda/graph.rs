@@ -2,7 +2,11 @@
 #![allow(unsafe_code, reason = "captures streams")]
 
 use super::{Cuda, driver::cuda};
-use crate::{Result, backend::Stream};
+use crate::{
+    Result,
+    backend::{Backend, Stream},
+    trace::Lane,
+};
 use cudarc::driver::sys;
 use std::ptr;
 
@@ -43,6 +47,7 @@ impl Cuda {
                 let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
                 // SAFETY: a live stream that is not being captured.
                 cuda!(cuStreamBeginCapture_v2(self.queue(Stream::Compute).raw, mode))?;
+                self.clock.recording(true);
                 return Ok(true);
             }
             Graph::Ready(recorded) => self.launch_graph(recorded)?,
@@ -66,11 +71,13 @@ impl Cuda {
     }
 
     fn launch_graph(&self, recorded: &Recorded) -> Result<()> {
+        let _span = self.span(Stream::Compute, Lane::Compute, "recorded work");
         // SAFETY: a live graph and a live stream.
         cuda!(cuGraphLaunch(recorded.0, self.queue(Stream::Compute).raw))
     }
 
     fn end_capture(&self, worked: Result<()>) -> Result<Recorded> {
+        self.clock.recording(false);
         let worked = worked.and_then(|()| self.fault());
         let mut graph = ptr::null_mut();
         // SAFETY: the capture begun by `begin_graph`; ended also when the work failed, so that the stream can be used

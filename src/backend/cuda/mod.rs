@@ -5,6 +5,7 @@
 //!                  → gemm (cuBLASLt), epilogue                  ops/linear, linear_activation, head, muon
 //!                  → graph (capture and replay)                 trainer::recorded
 //!                  → nccl (sums over ranks)                     comm::Comm
+//!                  → clock (when work ran)                      trace
 //! ```
 //!
 //! Calls enqueue work and return nothing: what fails is kept, and told by the next [`Backend::synchronize`], as a
@@ -13,6 +14,7 @@
 //! gradients (of a micro-batch; sums of them are f32) and moments unless bf16 is asked for.
 #![allow(unsafe_code, reason = "allocates and copies through the driver")]
 
+mod clock;
 pub mod driver;
 mod epilogue;
 mod gemm;
@@ -36,7 +38,9 @@ use super::{ALIGNMENT, Address, Backend, HostBuffer, Mut, Ref, Staging, Stream, 
 use crate::{
     DType, Error, Result,
     comm::{Comm, tcp::Tree},
+    trace::Stamp,
 };
+use clock::Clock;
 use driver::{Context, EventPool, Queue, cuda};
 use gemm::Products;
 use module::Modules;
@@ -82,6 +86,7 @@ pub struct Cuda {
     bounce: Mutex<Option<[Bounce; 2]>>,
     queues: [Queue; 3],
     events: Arc<EventPool>,
+    clock: Clock,
     fault: Mutex<Option<Error>>,
     allocated: Arc<AtomicUsize>,
     context: Arc<Context>,
@@ -122,6 +127,7 @@ impl Cuda {
             bounce: Mutex::default(),
             queues,
             events: Arc::default(),
+            clock: Clock::default(),
             fault: Mutex::default(),
             allocated,
             context,
@@ -457,6 +463,10 @@ impl Backend for Cuda {
         }
     }
 
+    fn stamp(&self, stream: Stream) -> Option<Stamp> {
+        self.clock_stamp(stream)
+    }
+
     fn wait(&self, stream: Stream, event: &Event) {
         self.note(event.hold(self.queue(stream)));
     }
@@ -474,12 +484,15 @@ impl Backend for Cuda {
     }
 
     fn tuning(&self) -> Option<String> {
-        let products = self.products();
-        products.tuning.as_ref().and_then(|tuning| serde_json::to_string_pretty(tuning).ok())
+        self.products().tuning()
     }
 
     fn tune(&self, text: &str) -> bool {
-        self.products().tuning.as_mut().is_none_or(|tuning| tuning.take_over(text))
+        self.products().tune(text)
+    }
+
+    fn measure(&self) -> Result<()> {
+        self.measure_products()
     }
 
     fn begin(&self, graph: &mut Graph) -> Result<bool> {
@@ -492,6 +505,7 @@ impl Backend for Cuda {
     }
 
     fn connect(&self, tree: Tree) -> Result<Box<dyn Comm<Self>>> {
+        self.products().wait();
         Ok(Box::new(Nccl::new(self, tree)?))
     }
 }

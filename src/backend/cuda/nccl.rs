@@ -20,6 +20,8 @@ use crate::{
         Collective, Comm, Ticket, settle,
         tcp::{Tcp, Tree},
     },
+    machine,
+    trace::Lane,
 };
 use std::{
     env,
@@ -416,6 +418,12 @@ impl Comm<Cuda> for Nccl {
         follow(cuda, stream, Stream::Communication);
         cuda.fault()?;
         let group = cuda.group.get().expect("joined by `new`");
+        let bytes = values.len() * values.dtype().size();
+        let _span = cuda.span(
+            Stream::Communication,
+            Lane::Communication,
+            format_args!("{} of {}", what.name(), machine::size(bytes)),
+        );
         group.enqueue(cuda, what, &values)?;
         // Whoever waits for these values does not wait for what is begun after them.
         Ok(Ticket::Event(cuda.record(Stream::Communication)))

@@ -20,6 +20,8 @@ use super::{
 use crate::{
     DType, Error, Result,
     backend::{Backend, HostBuffer, Mut, Stream},
+    machine,
+    trace::{self, Lane},
 };
 use links::{Fault, Leaving, Link, Links};
 use std::{
@@ -408,10 +410,14 @@ fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>, lost: &Lost) {
         };
         match job {
             Job::Together(what, mut values, answer) => {
+                let bytes = values.bytes().len();
+                let words = format_args!("{} of {}", what.name(), machine::size(bytes));
+                let _span = trace::span(Lane::Communication, words);
                 let done = attempt(&mut |piece| tree.perform(what, values.bytes_mut(), piece));
                 let _ = answer.send(done.map(|()| values));
             }
             Job::Exchange(mine, answer) => {
+                let _exchange = trace::span(Lane::Communication, "hosts exchange");
                 let mut all = Vec::new();
                 let done = attempt(&mut |_| tree.gather(&mine).map(|found| all = found));
                 let _ = answer.send(done.map(|()| all));
@@ -460,7 +466,9 @@ impl<B: Backend> Comm<B> for Tcp<B> {
 
     fn finish(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()> {
         let Ticket::Answer(answer, gets) = ticket else { return Ok(()) };
+        let waiting = trace::span(Lane::Host, "wait for other ranks");
         let host = answer.recv().map_err(gone)??;
+        drop(waiting);
         if gets {
             backend.upload(stream, &host, 0..host.bytes().len(), values);
             backend.synchronize(&backend.record(stream))?;

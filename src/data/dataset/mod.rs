@@ -268,6 +268,11 @@ impl TokenData {
         self.spans.iter().filter_map(max).max()
     }
 
+    /// All tokens, in order.
+    pub(super) fn all(&self) -> impl Iterator<Item = u32> {
+        self.spans.iter().flat_map(|span| span.all().iter().skip(span.start).take(span.len))
+    }
+
     /// At most the first `count` tokens of the first file.
     pub(super) fn first_tokens(&self, count: usize) -> Vec<u32> {
         let first = |span: &Span| span.all().iter().skip(span.start).take(count.min(span.len)).collect();

@@ -104,7 +104,7 @@ impl<'a> Tokens<'a> {
     }
 
     /// The tokens, one by one.
-    pub fn iter(&self) -> impl Iterator<Item = u32> + 'a {
+    pub fn iter(self) -> impl Iterator<Item = u32> + use<'a> {
         let (short, long): (&[u16], &[u32]) = match self {
             Self::Uint16(tokens) => (tokens, &[]),
             Self::Uint32(tokens) => (&[], tokens),

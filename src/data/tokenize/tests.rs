@@ -68,9 +68,14 @@ fn few_documents_are_split_at_the_tail() {
     assert_eq!((info.train.documents, info.val.documents), (2, 1));
     assert_eq!((info.tokenizer.as_str(), info.vocab, info.end_of_text), ("bytes", 256, None));
     assert!(!out.join(TOKENIZER_FILE).exists());
-    let Summary::Dataset { sample, train_tokens, val_tokens, .. } = inspected(&out) else { panic!("not a dataset") };
+    let Summary::Dataset { sample, train_tokens, val_tokens, statistics, .. } = inspected(&out) else {
+        panic!("not a dataset")
+    };
     assert!(sample.unwrap().starts_with("document 0 of"));
     assert_eq!((train_tokens, val_tokens), (total - 9, 9));
+    // Bytes: each is a token, and none ends a document.
+    assert_eq!((statistics.bytes_per_token, statistics.documents), (Some(1.0), None));
+    assert_eq!(statistics.most_frequent[0].text.as_deref(), Some(" "));
 }
 
 #[test]
@@ -133,8 +138,18 @@ fn everything_can_be_inspected() {
     let (dir, corpus) = corpus(30);
     let out = dir.path().join("dataset");
     let (tokenizer, _) = train_tokenizer(&corpus, 270, &mut |_| {}).unwrap();
-    run(&corpus, &tokenizer, &out, &Default::default()).unwrap();
-    assert!(matches!(inspected(corpus.root()), Summary::Text { documents: 30, files: 1, .. }));
+    let info = run(&corpus, &tokenizer, &out, &Default::default()).unwrap();
+    let Summary::Text { documents: 30, files: 1, text_bytes, bytes_per_document: Some(bytes), .. } =
+        inspected(corpus.root())
+    else {
+        panic!("not 30 documents")
+    };
+    assert_eq!((bytes.least, bytes.most), (29, 30), "the number has one digit, or two");
+    assert_eq!(bytes.mean, text_bytes as f64 / 30.0);
+    let Summary::Dataset { statistics, .. } = inspected(&out) else { panic!("not a dataset") };
+    let (tokens, lengths) = (info.train.tokens + info.val.tokens - 30, statistics.tokens_per_document.unwrap());
+    assert_eq!((statistics.documents, lengths.mean), (Some(30), tokens as f64 / 30.0));
+    assert_eq!(statistics.bytes_per_token, Some(text_bytes as f64 / tokens as f64));
     assert_eq!(inspected(out.join(TOKENIZER_FILE)), Summary::Tokenizer { vocab: 270, end_of_text: Some(0) });
     assert_eq!(inspected("bytes"), Summary::Tokenizer { vocab: 256, end_of_text: None });
     let shard = inspected(out.join("train_000000.bin"));

@@ -9,6 +9,7 @@ use crate::{
     backend::{Mut, Ref, Stream, Tensor},
     model::{Batch, Gradients, MicroBatch, Weights, spec::FeedForward},
     ops::{Ops, head::ReadoutGradients, linear::LinearShape, norm::NormShape},
+    trace::Lane,
 };
 
 use super::rows::Layer;
@@ -26,6 +27,7 @@ impl<B: Ops> Decoder<B> {
         token_scale: f64,
     ) {
         self.forward(backend, w, acts, &mut Pass::new(batch, micro));
+        let _backward = backend.span(Stream::Compute, Lane::Compute, "backward");
         let rows = micro.rows();
         let mut scratch = acts.0.scratch.take().expect("activations were planned for training");
         let a = &mut acts.0;
@@ -51,6 +53,7 @@ impl<B: Ops> Decoder<B> {
         norm_backward(backend, w, g, &self.rows.norm, &mut scratch, x, a.statistics.view(), shape, true);
         g.done(self.spec.layers + 1);
         for l in (0..self.spec.layers).rev() {
+            let _block = backend.span(Stream::Compute, Lane::Compute, format_args!("backward of block {l}"));
             self.recompute(backend, w, a, l, batch, micro);
             self.mlp_backward(backend, w, g, a, &mut scratch, l, rows);
             self.attention_half_backward(backend, w, g, a, &mut scratch, l, batch, micro);

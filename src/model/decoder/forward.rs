@@ -5,7 +5,7 @@ use super::{
     activations::{Inner, Parts},
 };
 use crate::{
-    backend::{Mut, Ref, Tensor},
+    backend::{Mut, Ref, Stream, Tensor},
     model::{Batch, MicroBatch, Weights, spec::FeedForward},
     ops::{
         Ops,
@@ -13,6 +13,7 @@ use crate::{
         embedding::EmbeddingShape,
         norm::Residual,
     },
+    trace::Lane,
 };
 
 /// What a forward pass is over: the first positions of a batch, perhaps behind others whose keys and values are cached.
@@ -43,6 +44,7 @@ impl<'a, B: Ops> Pass<'a, B> {
 impl<B: Ops> Decoder<B> {
     /// From tokens to the normalised residual stream at the end, `acts.norm`.
     pub(super) fn forward(&self, backend: &B, w: Weights<'_, B>, acts: &mut Activations<B>, pass: &mut Pass<'_, B>) {
+        let _forward = backend.span(Stream::Compute, Lane::Compute, "forward");
         let (a, rows) = (&mut acts.0, pass.rows());
         let positions = self.rows.positions.as_ref().map(|p| w.get(p));
         let tokens = pass.batch.inputs.slice(0..rows);

@@ -1,10 +1,13 @@
 //! Generating with a cache of keys and values, one sequence at a time.
 
-use super::{Activations, Decoder, forward::Pass};
+use super::{ActivationSlots, Activations, Decoder, forward::Pass};
 use crate::{
     DType, Result,
     backend::{Backend, HostBuffer, Stream, Tensor},
-    model::{Batch, MicroBatch, Weights, plan::Plan},
+    model::{
+        Batch, MicroBatch, Weights,
+        plan::{Plan, Slot},
+    },
     ops::Ops,
 };
 
@@ -22,24 +25,25 @@ pub struct Generator<B: Backend> {
 impl<B: Ops> Generator<B> {
     /// An empty sequence of at most the model's context.
     pub fn new(backend: &B, model: &Decoder<B>) -> Result<Self> {
-        let context = model.spec.context;
         let mut plan = Plan::default();
-        let row = context * model.heads().row();
-        let cache: Vec<_> =
-            (0..model.spec.layers).map(|i| plan.reserve(format!("cache.{i}"), backend.compute(), row)).collect();
-        let slots = model.plan(backend, &mut plan, MicroBatch { samples: 1, length: context }, None);
-        let tokens = ["inputs", "targets"].map(|name| plan.reserve(name, DType::I32, context));
-        let logits = plan.reserve("logits", backend.compute(), model.spec.vocab);
+        let slots = Slots::reserve(backend, &mut plan, model);
         let mut planned = plan.commit(backend)?;
-        let [inputs, targets] = tokens.map(|slot| planned.take(slot));
+        let [inputs, targets] = slots.tokens.map(|slot| planned.take(slot));
         Ok(Self {
-            cache: cache.into_iter().map(|slot| planned.take(slot)).collect(),
-            acts: Activations::new(slots, &mut planned),
+            cache: slots.cache.into_iter().map(|slot| planned.take(slot)).collect(),
+            acts: Activations::new(slots.acts, &mut planned),
             batch: Batch { inputs, targets, first_key: None },
-            logits: planned.take(logits),
-            host: backend.host(context.max(model.spec.vocab) * 8)?,
+            logits: planned.take(slots.logits),
+            host: backend.host(model.spec.context.max(model.spec.vocab) * 8)?,
             length: 0,
         })
+    }
+
+    /// Bytes that one takes on the device.
+    pub fn memory(backend: &B, model: &Decoder<B>) -> usize {
+        let mut plan = Plan::default();
+        Slots::reserve(backend, &mut plan, model);
+        plan.bytes()
     }
 
     /// Tokens so far.
@@ -84,5 +88,27 @@ impl<B: Ops> Generator<B> {
             DType::F64,
         );
         Ok(logits)
+    }
+}
+
+/// Reserved memory of a [`Generator`].
+struct Slots {
+    cache: Vec<Slot>,
+    acts: ActivationSlots,
+    tokens: [Slot; 2],
+    logits: Slot,
+}
+
+impl Slots {
+    fn reserve<B: Ops>(backend: &B, plan: &mut Plan, model: &Decoder<B>) -> Self {
+        let context = model.spec.context;
+        let row = context * model.heads().row();
+        let cache = |i| plan.reserve(format!("cache.{i}"), backend.compute(), row);
+        Self {
+            cache: (0..model.spec.layers).map(cache).collect(),
+            acts: model.plan(backend, plan, MicroBatch { samples: 1, length: context }, None),
+            tokens: ["inputs", "targets"].map(|name| plan.reserve(name, DType::I32, context)),
+            logits: plan.reserve("logits", backend.compute(), model.spec.vocab),
+        }
     }
 }

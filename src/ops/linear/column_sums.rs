@@ -19,8 +19,8 @@ const ROWS: usize = 128;
 /// Threads of a block side by side.
 const ACROSS: usize = 32;
 
-/// out[c] = Σ over rows of x[r, c], or with `add` out[c] += that; out is f32 or bf16, x of the compute type, read 16
-/// bytes at once where it lies on such borders. Summed in f32. In a fixed order, the same for all columns.
+/// out[c] = Σ over rows of x[r, c], or with `add` out[c] += that; out is f32 or bf16, x of the compute type, read 16 bytes
+/// at once where it lies on such borders. Summed in f32. In a fixed order, the same for all columns.
 pub(in crate::ops) fn column_sums(
     cuda: &Cuda,
     out: Mut<'_, Cuda>,

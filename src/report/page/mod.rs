@@ -14,6 +14,8 @@ use super::{
 
 /// A curve has at most this many points, more than a screen has pixels; of longer ones means are shown.
 const MOST_POINTS: usize = 2000;
+/// Of the texts of a run the newest are shown, so many at most.
+const MOST_SAMPLES: usize = 200;
 
 /// What is known of a run.
 #[derive(Clone, Debug, Default)]
@@ -30,13 +32,16 @@ pub struct Run {
     pub flops_per_token: Option<f64>,
     /// Its configuration: dotted keys and their values as written.
     pub settings: BTreeMap<String, String>,
-    /// Texts that its model wrote.
+    /// Texts that its model wrote apart from the run, for [`Run::records`] hold those that it wrote on the way.
     pub samples: Vec<Sample>,
 }
 
 /// A text that a model wrote.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
+    /// Training steps before it; none for one that was written apart from the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
     /// What it was given.
     pub prompt: String,
     /// What it added.
@@ -91,7 +96,7 @@ struct Shown<'a> {
     best: Option<Number>,
     last: Option<Number>,
     settings: &'a BTreeMap<String, String>,
-    samples: &'a [Sample],
+    samples: Vec<Sample>,
     train: BTreeMap<&'static str, Vec<Number>>,
     validation: BTreeMap<&'static str, Vec<Number>>,
 }
@@ -131,13 +136,18 @@ const STEP_COLUMNS: [Column<StepRecord>; 9] = [
 
 impl<'a> Shown<'a> {
     fn new(run: &'a Run) -> Self {
-        let (mut steps, mut validations) = (Vec::new(), Vec::new());
+        let (mut steps, mut validations, mut samples) = (Vec::new(), Vec::new(), Vec::new());
         for record in &run.records {
             match record {
                 Record::Step(r) => steps.push(r.clone()),
                 Record::Validation(r) => validations.push(r.clone()),
+                Record::Sample(r) => {
+                    samples.push(Sample { step: Some(r.step), prompt: r.prompt.clone(), text: r.text.clone() });
+                }
             }
         }
+        samples.drain(..samples.len().saturating_sub(MOST_SAMPLES));
+        samples.extend(run.samples.iter().cloned());
         let tokens = steps.last().map_or(0, |r| r.tokens);
         let seconds = run.records.last().map_or(0.0, Record::seconds);
         let losses = validations.iter().map(|r| r.loss).filter(|loss| !loss.is_nan());
@@ -155,7 +165,7 @@ impl<'a> Shown<'a> {
             best: losses.min_by(f64::total_cmp).map(Number),
             last: validations.last().map(|r| Number(r.loss)),
             settings: &run.settings,
-            samples: &run.samples,
+            samples,
             train: thinned(&steps, &STEP_COLUMNS),
             validation: thinned(
                 &validations,

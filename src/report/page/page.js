@@ -328,6 +328,7 @@ function settings() {
   }
 }
 
+// The texts of each run: those of its newest step open, those before it folded, newest first.
 function samples() {
   const some = runs.filter((run) => run.samples.length);
   if (some.length === 0) return;
@@ -336,12 +337,22 @@ function samples() {
   for (const run of some) {
     const card = html(place, "div", null, { class: "card" });
     html(card, "figcaption", run.name);
-    for (const sample of run.samples) {
-      const text = html(card, "p", null, { class: "sample" });
-      html(text, "span", sample.prompt, { class: "prompt" });
-      text.append(sample.text);
-    }
+    const newest = Math.max(...run.samples.map((sample) => sample.step ?? 0));
+    const [now, before] = [[], []];
+    for (const sample of run.samples) ((sample.step ?? newest) === newest ? now : before).push(sample);
+    now.forEach((sample) => written(card, sample));
+    if (before.length === 0) continue;
+    const fold = html(card, "details");
+    html(fold, "summary", `before: ${before.length}`);
+    before.sort((a, b) => b.step - a.step).forEach((sample) => written(fold, sample));
   }
+}
+
+function written(place, sample) {
+  const text = html(place, "p", null, { class: "sample" });
+  if (sample.step !== undefined) html(text, "small", `step ${sample.step}  `);
+  html(text, "span", sample.prompt, { class: "prompt" });
+  text.append(sample.text);
 }
 
 overview();

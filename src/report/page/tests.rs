@@ -1,5 +1,5 @@
 use super::*;
-use crate::report::metrics::ValidationRecord;
+use crate::report::metrics::{SampleRecord, ValidationRecord};
 use serde_json::Value;
 
 fn step(step: u64) -> Record {
@@ -60,11 +60,31 @@ fn nothing_that_a_run_holds_leaves_its_place() {
     let mut run = run(2);
     run.name = evil.into();
     run.settings.insert(evil.into(), evil.into());
-    run.samples.push(Sample { prompt: evil.into(), text: evil.into() });
+    run.samples.push(Sample { step: None, prompt: evil.into(), text: evil.into() });
     let page = render(evil, &[run]);
     assert!(!page.contains("<script>alert"));
     assert_eq!(page.matches("color-scheme: light dark").count(), 1, "a part was looked at for names");
     assert_eq!(data(&page)[0]["samples"][0]["text"], evil);
+}
+
+/// Those of the run stand before those that were written apart from it; of very many the newest stay.
+#[test]
+fn texts_of_a_run_are_shown() {
+    let written = |step: u64| {
+        let (prompt, text) = ("a".into(), step.to_string());
+        Record::Sample(SampleRecord { step, tokens: 7, seconds: 9.0, index: 0, prompt, text })
+    };
+    let apart = Sample { step: None, prompt: "b".into(), text: "c".into() };
+    let texts = |count: u64| {
+        let records = (1..=count).flat_map(|i| [step(i), written(i)]).collect();
+        let page = render("texts", &[Run { records, samples: vec![apart.clone()], ..Run::default() }]);
+        data(&page)[0]["samples"].as_array().unwrap().clone()
+    };
+    let few = texts(2);
+    assert_eq!(few[1], serde_json::json!({"step": 2, "prompt": "a", "text": "2"}));
+    assert_eq!(few[2], serde_json::json!({"prompt": "b", "text": "c"}));
+    let many = texts(1000);
+    assert_eq!((many.len(), &many[0]["text"]), (MOST_SAMPLES + 1, &"801".into()));
 }
 
 #[test]

@@ -91,13 +91,13 @@ FAR(norm_backward) {
 }
 FAR(add_up) {
     u32 width = 1u << 31;
-    Far &first = run.output(width, 4), &partials = run.input(6ull * width, 4);
+    Far &first = run.output(width), &partials = run.input(6ull * width, 4);
     for (u64 row = 1; row < 6; row++) partials.open(row * width - WARP, WARP);
     partials.at<f32>(6ull * width - 1) = 1;
-    run.last(1, dim3(width / WARP), 1024, 0, {first, nullptr, partials, u64(6), width});
-    Far& second = run.output(width, 4);
-    run.last(1, dim3(width / WARP, 2), 1024, 0, {first, second, partials, u64(3), width});
-    EXPECT(first.at<f32>(width - 1) == 1 && second.at<f32>(width - 1) == 1);
+    run.last(1, dim3(width / WARP), 1024, 0, {first, nullptr, run.type(), partials, u64(6), width});
+    Far& second = run.output(width);
+    run.last(1, dim3(width / WARP, 2), 1024, 0, {first, second, run.type(), partials, u64(3), width});
+    EXPECT(run.is_one(first, width - 1) && run.is_one(second, width - 1));
 }
 FAR(norm_add) {
     Far &y = run.output(MANY), &x = run.input(MANY), &branch = run.input(MANY);
@@ -120,7 +120,7 @@ FAR(embedding_windows) {
     // The last window begins with a token of the one before, and goes on with the vocabulary's last.
     u32 width = 1024, window = 256, vocabulary = 1u << 23;
     u32 windows = blocks(ROWS, window), from = (windows - 1) * window;
-    Far &dweight = run.output(u64(vocabulary) * width, 4), &partials = run.input(2ull * windows * width, 4);
+    Far &dweight = run.output(u64(vocabulary) * width), &partials = run.input(2ull * windows * width, 4);
     Far &dx = run.input(u64(ROWS) * width), &tokens = run.input(ROWS, 4), &order = run.input(ROWS, 4);
     run.set_one(dx, u64(ROWS) * width - 1);
     for (u32 p = from - 1; p < ROWS; p++) {
@@ -131,27 +131,28 @@ FAR(embedding_windows) {
     u32& partial = partials.at<u32>((2ull * windows - 1) * width - 1);
     partial = 1;
     run.last(1, dim3(windows, blocks(width, 256 * run.wide)), 256, 0,
-             {dweight, partials, dx, tokens, order, ROWS, window, width, 1.0f});
+             {dweight, run.type(), partials, dx, tokens, order, ROWS, window, width, 1.0f});
     EXPECT(partial == 0);
 }
 FAR(embedding_join) {
     // One token in the last two windows.
     u32 width = 1024, warps = width / run.wide / 32, window = 256, vocabulary = 1u << 23;
     u32 windows = blocks(ROWS, window), next = (windows - 1) * window;
-    Far &dweight = run.output(u64(vocabulary) * width, 4), &partials = run.input(2ull * windows * width, 4);
+    Far &dweight = run.output(u64(vocabulary) * width), &partials = run.input(2ull * windows * width, 4);
     Far &tokens = run.input(ROWS, 4), &order = run.input(ROWS, 4), &starts = run.input(vocabulary + 1, 4);
     for (u32 p = next - 1; p <= next; p++) order.at<u32>(p) = p, tokens.at<u32>(p) = vocabulary - 1;
     partials.at<f32>((2ull * windows - 1) * width - 1) = 1;
     starts.at<u32>(vocabulary - 1) = next - window, starts.at<u32>(vocabulary) = ROWS;
-    run.last(2, windows, 256, 0, {dweight, partials, tokens, order, starts, ROWS, window, width, warps, 1.0f});
+    run.last(2, windows, 256, 0,
+             {dweight, run.type(), partials, tokens, order, starts, ROWS, window, width, warps, 1.0f});
 }
 FAR(embedding_positions) {
     // Two sequences.
     u32 width = 128 * run.wide, warps = 4;
     u64 rows = 2ull * ROWS;
-    Far &dpositions = run.output(u64(ROWS) * width, 4), &dx = run.input(rows * width);
+    Far &dpositions = run.output(u64(ROWS) * width), &dx = run.input(rows * width);
     dx.open(u64(ROWS - 1) * width, width);
-    run.last(1, ROWS, 256, 0, {dpositions, dx, rows, ROWS, width, warps});
+    run.last(1, ROWS, 256, 0, {dpositions, run.type(), dx, rows, ROWS, width, warps});
 }
 
 FAR(cross_entropy) {
@@ -208,9 +209,9 @@ FAR(partial_column_sums_of_many_rows) {
 }
 FAR(add_partials) {
     u32 columns = 1u << 31, rows = 3;
-    Far &out = run.output(columns, 4), &partials = run.input(u64(rows) * columns, 4);
+    Far &out = run.output(columns), &partials = run.input(u64(rows) * columns, 4);
     for (u64 row = 1; row < rows; row++) partials.open(row * columns - 32, 32);
-    run.last(1, columns / 32, 256, 0, {out, partials, rows, columns, 0u});
+    run.last(1, columns / 32, 256, 0, {out, run.type(), partials, rows, columns, 0u});
 }
 
 // Two heads of 16, sequences of 16 tokens, as many as a grid has blocks for.
@@ -321,11 +322,10 @@ FAR_PLAIN(accumulate) {
     run.last(1, blocks(MANY, 2048), 512, 0, {target, 1u, source, 2u, MANY, 0u});
 }
 FAR_PLAIN(square_norms) {
-    Far& gradients = run.input(MANY, 4);
-    Far& partials = run.output(1, 8);
+    Far &gradients = run.input(MANY), &partials = run.output(1, 8);
     std::vector<Piece> pieces{{MANY - 1000, 1000, 0}};
     std::vector<RowSettings> rows(1);
-    run.last(1, 1, 512, 0, {partials, gradients, pieces, rows});
+    run.last(1, 1, 512, 0, {partials, gradients, run.type(), pieces, rows});
 }
 
 // A last piece, and what the kernels of the update read beside it.
@@ -337,24 +337,27 @@ struct Update {
 };
 FAR(sgd) {
     Update u;
-    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY, 4);
-    Far& gradients = run.input(MANY, 4);
+    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY);
+    Far& gradients = run.input(MANY);
     run.last(8, 8, 256, 0,
-             {weights, master, first, gradients, u.chunks, u.scalars, u.pieces, u.rows, 0.9, 0.0, 0u});
+             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5),
+              0.9, 0.0, 0u});
 }
 FAR(adam) {
     Update u;
-    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY, 4);
-    Far &second = run.output(MANY, 4), &maximum = run.output(MANY, 4), &gradients = run.input(MANY, 4);
+    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY);
+    Far &second = run.output(MANY), &maximum = run.output(MANY), &gradients = run.input(MANY);
     run.last(8, 8, 256, 0,
-             {weights, master, first, second, maximum, gradients, u.chunks, u.scalars, u.pieces, u.rows, 0.9, 0.95,
-              0u});
+             {weights, master, first, second, maximum, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces,
+              u.rows, u64(5), 0.9, 0.95, 0u});
 }
 FAR(lion) {
     Update u;
-    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY, 4);
-    Far& gradients = run.input(MANY, 4);
-    run.last(8, 8, 256, 0, {weights, master, first, gradients, u.chunks, u.scalars, u.pieces, u.rows, 0.9, 0.95});
+    Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY);
+    Far& gradients = run.input(MANY);
+    run.last(8, 8, 256, 0,
+             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5),
+              0.9, 0.95});
 }
 FAR(sum_chunks) {
     u32 count = 1u << 30;
@@ -365,9 +368,10 @@ FAR(sum_chunks) {
 FAR(muon_momentum) {
     Update u;
     u64 chunk = 8192;
-    Far &x = run.output(MANY), &first = run.output(MANY, 4), &gradient = run.input(MANY, 4);
+    Far &x = run.output(MANY), &first = run.output(MANY), &gradient = run.input(MANY);
     Far& sums = run.output(blocks(MANY, chunk), 8);
-    run.last(1, blocks(MANY, chunk), 256, 0, {x, first, gradient, sums, u.scalars, MANY, chunk});
+    run.last(1, blocks(MANY, chunk), 256, 0,
+             {x, first, run.type(), gradient, run.type(), sums, u.scalars, u64(5), MANY, MANY, chunk});
 }
 FAR(muon_normalise) {
     u64 chunk = 8192;

@@ -91,10 +91,17 @@ struct Run {
     }
     Far& output(u64 elements) { return output(elements, size); }
 
+    // The number of `real` among the types, which gradients and moments have here too.
+    u32 type() const { return size == 2 ? 2 : 1; }
+
     // Makes one element of an array of `real` a 1.
     void set_one(Far& array, u64 i) const {
         if (size == 4) array.at<u32>(i) = 0x3f800000;
         else array.at<u16>(i) = 0x3f80;
+    }
+
+    bool is_one(Far& array, u64 i) const {
+        return size == 4 ? array.at<u32>(i) == 0x3f800000 : array.at<u16>(i) == 0x3f80;
     }
 
     void fail(const std::string& why) const {
