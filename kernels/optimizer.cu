@@ -22,8 +22,8 @@ struct Step {
     DEVICE bool is_idle() const { return scalars[SKIP] != 0 || row().muon != 0 || start() >= piece().len; }
 };
 
-// The arenas as a launch names them: moments and gradients are of types that are known at run time. `rounding` is the
-// stream whose bits moments in bf16 are rounded with.
+// The arenas as a launch names them, from element `origin` of the table's on: moments and gradients are of types that
+// are known at run time. `rounding` is the stream whose bits moments in bf16 are rounded with.
 struct Arenas {
     real* working;
     f32* master;
@@ -31,6 +31,7 @@ struct Arenas {
     const void* gradients;
     u32 moment_type, gradient_type;
     Stream rounding;
+    u64 origin;
 };
 
 // N neighbours at p, which lie on their border.
@@ -38,16 +39,17 @@ template <int N, class T> DEVICE Pack<T, N> load_run(const T* p) { return *(cons
 template <int N, class T> DEVICE void store_run(T* p, const Pack<T, N>& run) { *(Pack<T, N>*)p = run; }
 template <class T> DEVICE bool is_aligned(const T* p) { return (u64)p % sizeof(Pack<T, RUN_LEN>) == 0; }
 
-// The arenas from the block's first element on, which is element `at` of them. M, G: types of moments and gradients.
+// The arenas from the block's first element on: element `at` of them, and `element` of the table's. M, G: types of moments
+// and gradients.
 template <int MOMENTS, class M, class G> struct Typed {
     f32* weights;
     real* copy;
     M* moments[MOMENTS + 1];
     const G* gradients;
     Stream rounding;
-    u64 at;
+    u64 element;
 
-    DEVICE Typed(const Arenas& a, u64 at_) : rounding(a.rounding), at(at_) {
+    DEVICE Typed(const Arenas& a, u64 at) : rounding(a.rounding), element(a.origin + at) {
         weights = (a.master ? a.master : (f32*)a.working) + at;
         copy = a.master ? a.working + at : nullptr;
         gradients = (const G*)a.gradients + at;
@@ -55,7 +57,7 @@ template <int MOMENTS, class M, class G> struct Typed {
         for (int k = 0; k < MOMENTS; ++k) moments[k] = (M*)a.moments[k] + at;
     }
     DEVICE bool is_wide() const {
-        bool all = at % RUN_LEN == 0 && is_aligned(weights) && is_aligned(copy) && is_aligned(gradients);
+        bool all = element % RUN_LEN == 0 && is_aligned(weights) && is_aligned(copy) && is_aligned(gradients);
 #pragma unroll
         for (int k = 0; k < MOMENTS; ++k) all = all && is_aligned(moments[k]);
         return all;
@@ -71,7 +73,7 @@ DEVICE f64 update_run(const Typed<MOMENTS, M, G>& a, u32 i, const Rule& rule) {
 #pragma unroll
     for (int k = 0; k < MOMENTS; ++k) moments[k] = load_run<N>(a.moments[k] + i);
     u32 words[N] = {};
-    if (MOMENTS > 0 && sizeof(M) == sizeof(bf16)) words_of(words, a.rounding, a.at + i);
+    if (MOMENTS > 0 && sizeof(M) == sizeof(bf16)) words_of(words, a.rounding, a.element + i);
     Pack<real, N> copy;
     f64 changes = 0;
 #pragma unroll
@@ -148,8 +150,8 @@ struct PlainSgd {
 // Bytes an element: 12, with a momentum 20, and the working copy.
 KERNEL(THREADS, NAMED(sgd),
        (real* weights, f32* master, void* first, u32 moment_type, const void* gradients, u32 gradient_type, f64* chunks,
-        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, f64 momentum, f64 dampening,
-        u32 nesterov)) {
+        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, u64 origin, f64 momentum,
+        f64 dampening, u32 nesterov)) {
     Step step = {scalars, pieces, rows};
     f64* partial = chunks + blockIdx.x;
     if (step.is_idle()) {
@@ -157,7 +159,7 @@ KERNEL(THREADS, NAMED(sgd),
         return;
     }
     Arenas arenas = {weights, master, {first}, gradients, moment_type, gradient_type,
-                     rounding_stream(scalars, rounding)};
+                     rounding_stream(scalars, rounding), origin};
     f32 factor = (f32)scalars[FACTOR], lr = (f32)step.rate(), decay = (f32)step.row().decay;
     if (!first) return update_chunk<0>(arenas, partial, step, PlainSgd{factor, lr, decay});
     bool fresh = scalars[TIME] <= 1;
@@ -207,7 +209,7 @@ struct AdamOfMaximum : Adam {
 KERNEL(THREADS, NAMED(adam),
        (real* weights, f32* master, void* first, void* second, void* maximum, u32 moment_type, const void* gradients,
         u32 gradient_type, f64* chunks, const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding,
-        f64 beta1, f64 beta2, u32 coupled)) {
+        u64 origin, f64 beta1, f64 beta2, u32 coupled)) {
     // Two powers a block, not a thread.
     SHARED AdamOfMaximum rule;
     Step step = {scalars, pieces, rows};
@@ -219,7 +221,7 @@ KERNEL(THREADS, NAMED(adam),
     if (threadIdx.x == 0) rule.set(step, beta1, beta2, coupled != 0);
     __syncthreads();
     Arenas arenas = {weights, master, {first, second, maximum}, gradients, moment_type, gradient_type,
-                     rounding_stream(scalars, rounding)};
+                     rounding_stream(scalars, rounding), origin};
     if (maximum) update_chunk<3>(arenas, partial, step, rule);
     else update_chunk<2>(arenas, partial, step, (const Adam&)rule);
 }
@@ -237,7 +239,8 @@ struct Lion {
 // Bytes an element: 20, with moments in bf16 16, and the working copy.
 KERNEL(THREADS, NAMED(lion),
        (real* weights, f32* master, void* first, u32 moment_type, const void* gradients, u32 gradient_type, f64* chunks,
-        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, f64 beta1, f64 beta2)) {
+        const f64* scalars, const Piece* pieces, const RowSettings* rows, u64 rounding, u64 origin, f64 beta1,
+        f64 beta2)) {
     Step step = {scalars, pieces, rows};
     f64* partial = chunks + blockIdx.x;
     if (step.is_idle()) {
@@ -245,7 +248,7 @@ KERNEL(THREADS, NAMED(lion),
         return;
     }
     Arenas arenas = {weights, master, {first}, gradients, moment_type, gradient_type,
-                     rounding_stream(scalars, rounding)};
+                     rounding_stream(scalars, rounding), origin};
     f64 rate = step.rate();
     Lion rule = {(f32)scalars[FACTOR], (f32)beta1, (f32)(1 - beta1), (f32)beta2, (f32)(1 - beta2), (f32)rate,
                  (f32)(rate * step.row().decay)};

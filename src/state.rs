@@ -6,7 +6,7 @@ mod parts;
 pub use parts::{Part, snapshot_bytes};
 
 use crate::{
-    backend::{Backend, Tensor},
+    backend::{Backend, Mut, Tensor},
     checkpoint::{self, TensorMeta},
     config::{Config, OptimizerConfig},
     dims::{Axis, BlockName},
@@ -19,6 +19,7 @@ use crate::{
     optim, rng,
 };
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// `config.json` of a checkpoint: what the weights mean.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,10 +64,13 @@ pub struct Progress {
     pub version: String,
 }
 
-/// Weights and moments on a device; each an arena laid out by the model's table.
+/// Weights and moments on a device. The weights are an arena laid out by the model's table; of what only the optimizer
+/// reads there may be a part (ZeRO stage 1, arXiv 1910.02054): then other ranks have the rest.
 pub struct State<B: Backend> {
     /// What forward and backward read.
     pub weights: Tensor<B>,
+    /// Elements of the arena that the tensors below hold, from the first of them on: those that this rank updates.
+    pub owned: Range<usize>,
     /// f32 copy of weights that are kept in a smaller type.
     pub master: Option<Tensor<B>>,
     /// First moments.
@@ -80,6 +84,7 @@ pub struct State<B: Backend> {
 /// Reserved memory of a state.
 pub struct StateSlots {
     weights: Slot,
+    owned: Range<usize>,
     master: Option<Slot>,
     first: Option<Slot>,
     second: Option<Slot>,
@@ -124,23 +129,35 @@ impl Moment {
 impl<B: Backend> State<B> {
     /// Reserves the arenas that a model and an optimizer need.
     pub fn plan(backend: &B, plan: &mut Plan, table: &Table, optimizer: Option<&OptimizerConfig>) -> StateSlots {
+        Self::plan_part(backend, plan, table, optimizer, 0..table.arena)
+    }
+
+    /// The same for a rank that updates a part of the arena.
+    pub fn plan_part(
+        backend: &B,
+        plan: &mut Plan,
+        table: &Table,
+        optimizer: Option<&OptimizerConfig>,
+        owned: Range<usize>,
+    ) -> StateSlots {
         let mut moment = |moment: Moment, name: &str| {
             let needed = optimizer.is_some_and(|o| table.rows.iter().any(|row| moment.exists(o, row)));
-            needed.then(|| plan.reserve(name, backend.moment(), table.arena))
+            needed.then(|| plan.reserve(name, backend.moment(), owned.len()))
         };
         let first = moment(Moment::First, "first moments");
         let second = moment(Moment::Second, "second moments");
         let maximum = moment(Moment::Maximum, "maxima of second moments");
         let weights = plan.reserve("weights", backend.compute(), table.arena);
         // What is only read needs no copy to update.
-        let master = optimizer.and(backend.master()).map(|dtype| plan.reserve("master weights", dtype, table.arena));
-        StateSlots { weights, master, first, second, maximum }
+        let master = optimizer.and(backend.master()).map(|dtype| plan.reserve("master weights", dtype, owned.len()));
+        StateSlots { weights, owned, master, first, second, maximum }
     }
 
     /// Takes the reserved arenas, all zero.
     pub fn new(slots: StateSlots, planned: &mut Planned<B>) -> Self {
         Self {
             weights: planned.take(slots.weights),
+            owned: slots.owned,
             master: slots.master.map(|s| planned.take(s)),
             first: slots.first.map(|s| planned.take(s)),
             second: slots.second.map(|s| planned.take(s)),
@@ -148,12 +165,28 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// The weights that the optimizer updates: the master copy, if there is one.
-    pub fn updated_mut(&mut self) -> &mut Tensor<B> {
-        self.master.as_mut().unwrap_or(&mut self.weights)
+    /// The elements `values` of the weights, to be written anew: up to three parts, each with the place of its first
+    /// element among them. Where a master copy is kept, the part of it that is owned is written, and is to be rounded
+    /// ([`State::round`]); what other ranks update is written as forward and backward read it.
+    pub fn renew(&mut self, values: Range<usize>) -> Vec<(usize, Mut<'_, B>)> {
+        let (owned, first) = (common(&values, &self.owned), self.owned.start);
+        let master = self.master.as_mut().filter(|_| !owned.is_empty());
+        let Some(master) = master else { return vec![(0, self.weights.slice_mut(values))] };
+        let (low, high) = self.weights.view_mut().pair(values.start..owned.start, owned.end..values.end);
+        let own = master.slice_mut(owned.start - first..owned.end - first);
+        let parts = [(0, low), (owned.start - values.start, own), (owned.end - values.start, high)];
+        parts.into_iter().filter(|(_, part)| !part.is_empty()).collect()
     }
 
-    /// The arena of a moment.
+    /// The part of the elements `values` of a moment that this rank has, with the place of its first element among them;
+    /// none if it has nothing of it.
+    pub fn renew_moment(&mut self, moment: Moment, values: &Range<usize>) -> Option<(usize, Mut<'_, B>)> {
+        let (owned, start) = (common(values, &self.owned), self.owned.start);
+        let arena = self.moment_mut(moment).filter(|_| !owned.is_empty())?;
+        Some((owned.start - values.start, arena.slice_mut(owned.start - start..owned.end - start)))
+    }
+
+    /// What this rank has of a moment.
     pub fn moment(&self, moment: Moment) -> Option<&Tensor<B>> {
         match moment {
             Moment::First => self.first.as_ref(),
@@ -162,7 +195,7 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// The arena of a moment, to write.
+    /// What this rank has of a moment, to write.
     pub fn moment_mut(&mut self, moment: Moment) -> Option<&mut Tensor<B>> {
         match moment {
             Moment::First => self.first.as_mut(),
@@ -176,15 +209,15 @@ impl<B: Ops> State<B> {
     /// New weights: functions of the seed and each tensor's name. Moments are zero.
     pub fn init(&mut self, backend: &B, table: &Table, scaling: &Scaling, seed: u64) {
         for (i, row) in table.rows.iter().enumerate() {
-            let target = self.updated_mut().slice_mut(table.values(i));
             let amount = optim::init_std(row, table, scaling);
-            match row.init {
-                Init::Normal(_) => {
-                    let noise = Noise { stream: rng::Stream::new(seed, &row.name), amount, paired: None };
-                    backend.fill(target, 0, 0.0, Some(&noise));
-                }
-                Init::Ones => backend.fill(target, 0, 1.0, None),
-                Init::Zeros => backend.fill(target, 0, 0.0, None),
+            let noise = Noise { stream: rng::Stream::new(seed, &row.name), amount, paired: None };
+            let (mean, noise) = match row.init {
+                Init::Normal(_) => (0.0, Some(&noise)),
+                Init::Ones => (1.0, None),
+                Init::Zeros => (0.0, None),
+            };
+            for (start, target) in self.renew(table.values(i)) {
+                backend.fill(target, start, mean, noise);
             }
         }
         self.round(backend);
@@ -193,9 +226,15 @@ impl<B: Ops> State<B> {
     /// Rounds the master copy, if there is one, to the weights that the forward pass reads.
     pub fn round(&mut self, backend: &B) {
         if let Some(master) = &self.master {
-            backend.accumulate(self.weights.view_mut(), master.view(), false);
+            backend.accumulate(self.weights.slice_mut(self.owned.clone()), master.view(), false);
         }
     }
+}
+
+/// The elements that are in both ranges; empty, within `a` or at its end, if there are none.
+pub fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    let start = b.start.clamp(a.start, a.end);
+    start..b.end.clamp(start, a.end)
 }
 
 /// How a row is described in a checkpoint.

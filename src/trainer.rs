@@ -1,33 +1,33 @@
 //! The training step, for one rank: from samples to updated weights, without a file or a word to the user.
 //!
 //! A step: upload its scalars; for each micro-batch of this rank forward, backward, and the sum over micro-batches; the
-//! sum over ranks, group by group as backward finishes; norm, decision, update. Nothing waits for the device: results
-//! come back through a ring, [`LAG`] steps late, and a step that is not finite changes nothing on the device.
+//! sum over ranks, group by group as backward finishes; norm, decision, update. Where each rank updates a part of the
+//! weights, the next step begins with all of them being sent to all ranks, and forward waits for one group after the
+//! other. Nothing waits for the device: results come back through a ring, [`LAG`] steps late, and a step that is not
+//! finite changes nothing on the device.
 
 mod graphs;
 mod results;
+mod sharding;
+mod update;
 
 pub use results::{Bad, StepResult};
 
 use crate::{
     DType, Error, Result,
-    backend::{HostBuffer, Stream, Tensor},
-    comm::{self, Comm, Ticket},
-    config::{Config, OnNan, OptimizerConfig},
+    backend::{HostBuffer, Mut, Ref, Stream, Tensor},
+    comm::{self, Comm},
+    config::{Config, OptimizerConfig, Reduction},
     feed::{Feed, Samples},
     model::{
         self, Acts, Gradients, MicroBatch, Network, Weights,
         decoder::Recompute,
-        param::Table,
         plan::{Plan, Slot},
         spec::Spec,
     },
     ops::{
         Ops,
-        gradient::Decision,
-        muon::{self, MuonMatrix},
-        optimizer::Arenas,
-        pieces::{self, Pieces, RowSettings},
+        pieces::{self, Pieces},
         scalars::{self, SCALAR_BYTES, SCALARS, Scalar},
     },
     schedule,
@@ -36,8 +36,12 @@ use crate::{
 };
 use graphs::Work;
 use results::Pending;
+use sharding::{Gathering, Own, Shards};
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, VecDeque},
+    mem,
+    ops::Range,
     time::Instant,
 };
 
@@ -70,6 +74,14 @@ pub struct Trainer<B: Ops> {
     sums: Vec<Tensor<B>>,
     merges: Vec<usize>,
     pieces: Pieces<B>,
+    shards: Shards,
+    own: Own<B>,
+    /// Type in which gradients travel, where it is another than that in which they are summed here.
+    wire: Option<DType>,
+    /// Whether other ranks have updated weights that this one does not know yet.
+    stale: bool,
+    /// Such weights on their way here.
+    gathering: Gathering<B>,
     partials: Tensor<B>,
     muon_scratch: Option<Tensor<B>>,
     scalars: Tensor<B>,
@@ -104,7 +116,8 @@ impl<B: Ops> Trainer<B> {
             optimizer.settings(table, &meaning.scaling),
         )?;
         let mut plan = Plan::default();
-        let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, share.len(), micro, recompute);
+        let rank = (comm.rank(), comm.world());
+        let slots = Slots::reserve(&backend, &mut plan, &network, config, meaning, rank, micro, recompute);
         let (rows, inputs) = (micro.rows(), samples.inputs());
         let whole =
             B::RECORDS && graphs::whole_steps(config.graph, comm.world(), share.len(), table.arena, rows, inputs);
@@ -113,6 +126,7 @@ impl<B: Ops> Trainer<B> {
         let mut planned = plan.commit(&backend)?;
         let state = State::new(slots.state, &mut planned);
         let [scalars, validation] = slots.small.map(|slot| planned.take(slot));
+        let own = Own::new(&backend, &pieces, state.owned.clone())?;
         Ok(Self {
             state,
             position: Position::default(),
@@ -125,7 +139,12 @@ impl<B: Ops> Trainer<B> {
             gradients: planned.take(slots.gradients),
             sums: slots.sums.into_iter().map(|slot| planned.take(slot)).collect(),
             merges: comm::halves(share.len()),
+            own,
             pieces,
+            shards: slots.shards,
+            wire: (config.comm.reduction == Reduction::Bf16 && comm.world() > 1).then_some(DType::BF16),
+            stale: false,
+            gathering: Gathering::default(),
             partials: planned.take(slots.partials),
             muon_scratch: slots.muon.map(|slot| planned.take(slot)),
             scalars,
@@ -141,9 +160,17 @@ impl<B: Ops> Trainer<B> {
         })
     }
 
-    /// Weights, to read.
+    /// Weights, to read; see [`Self::gather`].
     pub fn weights(&self) -> Weights<'_, B> {
-        Weights { table: self.network.table(), arena: self.state.weights.view() }
+        Weights::new(self.network.table(), self.state.weights.view())
+    }
+
+    /// Elements of the arena that this rank writes into a checkpoint: what only it has, or else a share.
+    pub fn saves(&self) -> Range<usize> {
+        match self.shards.are_many() {
+            true => self.own.range.clone(),
+            false => comm::share(self.network.table().arena, self.comm.rank(), self.comm.world()),
+        }
     }
 
     /// Enqueues one step. Returns the results of an older one, once [`LAG`] steps are under way.
@@ -212,11 +239,12 @@ impl<B: Ops> Trainer<B> {
     fn step_in_parts(&mut self, samples: u64) -> Result<()> {
         let firsts = self.firsts(samples);
         let count = firsts.len();
+        self.begin_gather()?;
         for (index, first) in firsts.enumerate() {
             self.feed.train(&self.backend, [first])?;
             let last = index + 1 == count;
-            if last && self.comm.world() > 1 {
-                // Sums over ranks begin within it, and hosts have a part in them: it is not recorded.
+            if last && self.comm.world() > 1 || !self.gathering.is_empty() {
+                // Hosts have a part in what goes on between ranks: it is not recorded.
                 self.micro_step(index, 0, last)?;
                 continue;
             }
@@ -225,70 +253,60 @@ impl<B: Ops> Trainer<B> {
         }
         let sums = Scalar::LossSum as usize..Scalar::Counted as usize + 1;
         self.comm.all_reduce(&self.backend, Stream::Compute, self.scalars.slice_mut(sums))?;
-        self.recorded(Work::Update, Self::update)
+        if self.shards.are_many() { self.update_part() } else { self.recorded(Work::Update, Self::update) }
     }
 
-    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches, `batch`
-    /// those of the feed's part.
-    fn micro_step(&mut self, index: usize, batch: usize, last: bool) -> Result<()> {
-        let scale = 1.0 / self.nominal();
-        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, micro, .. } = self;
-        let (comm, merges, top) = (&**comm, merges[index], stack_height(merges, index));
-        let (over_ranks, batch) = (last && comm.world() > 1, feed.batch(batch));
-        let (mut fault, mut tickets) = (Ok(()), Vec::new());
-        let mut finished = |group: usize, part: crate::backend::Mut<'_, B>| {
-            if sums.is_empty() {
-                return;
-            }
-            let range = network.table().group(group);
-            push(backend, sums, top, merges, range.clone(), part.as_ref());
-            if over_ranks && fault.is_ok() {
-                match reduce(backend, comm, sums[0].slice_mut(range.clone())) {
-                    Ok(ticket) => tickets.push((range, ticket)),
-                    Err(error) => fault = Err(error),
-                }
-            }
-        };
-        let weights = Weights { table: network.table(), arena: state.weights.view() };
-        let mut parts = Gradients { table: network.table(), arena: gradients.view_mut(), finished: &mut finished };
-        network.micro_step(backend, weights, &mut parts, acts, batch, *micro, scale);
-        backend.tally(scalars.view_mut(), acts.losses().view(), batch.targets.view());
-        fault?;
-        for (range, ticket) in tickets {
-            comm.finish_all_reduce(backend, Stream::Communication, ticket, sums[0].slice_mut(range))?;
-        }
-        if over_ranks {
-            let done = backend.record(Stream::Communication);
-            backend.wait(Stream::Compute, &done);
+    /// Lets other ranks have the weights that this one updated, and this one theirs. All ranks do so together, before
+    /// the weights are read for anything but the next step.
+    pub fn gather(&mut self) -> Result<()> {
+        self.begin_gather()?;
+        let gathering = RefCell::new(mem::take(&mut self.gathering));
+        let Self { backend, comm, network, state, .. } = self;
+        Gathering::weights(&gathering, backend, &**comm, network.table(), state.weights.view_mut()).finish();
+        gathering.into_inner().fault
+    }
+
+    fn begin_gather(&mut self) -> Result<()> {
+        if mem::take(&mut self.stale) {
+            let Self { backend, comm, network, state, shards, .. } = self;
+            self.gathering = shards.begin_gather(backend, &**comm, network.table(), &mut state.weights)?;
         }
         Ok(())
     }
 
-    /// Norm, decision, update.
-    fn update(&mut self) -> Result<()> {
-        let decision = self.decision();
-        let Self {
-            backend, network, state, gradients, sums, pieces, partials, muon_scratch, scalars, optimizer, ..
-        } = self;
-        // Sums stay in the type that they are made in.
-        let (table, gradients) = (network.table(), sums.first().unwrap_or(gradients));
-        let _update = backend.span(Stream::Compute, Lane::Compute, "update");
-        let count = pieces.list.len();
-        backend.square_norms(partials.slice_mut(0..count), gradients.view(), pieces);
-        backend.decide(scalars.view_mut(), partials.slice(0..count), pieces, decision);
-        let arenas = Arenas {
-            weights: state.weights.view_mut(),
-            master: state.master.as_mut().map(Tensor::view_mut),
-            first: state.first.as_mut().map(Tensor::view_mut),
-            second: state.second.as_mut().map(Tensor::view_mut),
-            maximum: state.maximum.as_mut().map(Tensor::view_mut),
-            gradients: gradients.view(),
+    /// Forward, backward, and the sums over micro-batches and ranks. `index` counts this rank's micro-batches, `batch`
+    /// those of the feed's part. Forward waits for weights that are on their way.
+    fn micro_step(&mut self, index: usize, batch: usize, last: bool) -> Result<()> {
+        let (scale, wire, gathering) = (1.0 / self.nominal(), self.wire, RefCell::new(mem::take(&mut self.gathering)));
+        let Self { backend, comm, network, state, feed, acts, gradients, sums, merges, scalars, micro, .. } = self;
+        let (comm, merges, top) = (&**comm, merges[index], stack_height(merges, index));
+        let (over_ranks, batch, table) = (last && comm.world() > 1, feed.batch(batch), network.table());
+        let shards = &self.shards;
+        let (mut fault, mut under_way) = (Ok(()), Vec::new());
+        let mut finished = |group: usize, part: Mut<'_, B>| {
+            if sums.is_empty() {
+                return;
+            }
+            let range = table.group(group);
+            push(backend, sums, top, merges, range.clone(), part.as_ref());
+            if over_ranks && fault.is_ok() {
+                let memory = wire.map(|dtype| (part, dtype));
+                match shards.begin_sums(backend, comm, &range, &mut sums[0], memory) {
+                    Ok(begun) => under_way.extend(begun),
+                    Err(error) => fault = Err(error),
+                }
+            }
         };
-        backend.update(arenas, partials.slice_mut(0..count), scalars.view(), pieces, optimizer.method());
-        if let Some(scratch) = muon_scratch {
-            muon_update(backend, table, state, gradients, pieces, partials, scratch, scalars);
+        let arena = Gathering::weights(&gathering, backend, comm, table, state.weights.view_mut());
+        let mut parts = Gradients { table, arena: gradients.view_mut(), finished: &mut finished };
+        network.micro_step(backend, Weights::arriving(table, &arena), &mut parts, acts, batch, *micro, scale);
+        backend.tally(scalars.view_mut(), acts.losses().view(), batch.targets.view());
+        arena.finish();
+        drop(arena);
+        gathering.into_inner().fault.and(fault)?;
+        if over_ranks {
+            shards.finish_sums(backend, comm, under_way, &mut sums[0], gradients, wire)?;
         }
-        backend.finish_update(scalars.view_mut(), partials.view());
         Ok(())
     }
 
@@ -302,11 +320,6 @@ impl<B: Ops> Trainer<B> {
         self.tokens_per_step() as f64
     }
 
-    fn decision(&self) -> Decision {
-        let clip = if self.optimizer.clip > 0.0 { self.optimizer.clip } else { f64::INFINITY };
-        Decision { clip, nominal: self.nominal(), halt: self.config.on_nan == OnNan::Stop }
-    }
-
     /// Mean loss over held-out data: `batches` micro-batches, or all for 0, shared out among ranks. Returns it with the
     /// number of micro-batches; None without held-out data.
     pub fn validate(&mut self, batches: usize) -> Result<Option<(f64, usize)>> {
@@ -315,10 +328,11 @@ impl<B: Ops> Trainer<B> {
         if batches == 0 {
             return Ok(None);
         }
+        self.gather()?;
         self.backend.zero(Stream::Compute, self.validation.view_mut());
         for index in comm::share(batches, self.comm.rank(), self.comm.world()) {
             self.feed.validate(&self.backend, (index * self.micro.samples) as u64)?;
-            let weights = Weights { table: self.network.table(), arena: self.state.weights.view() };
+            let weights = Weights::new(self.network.table(), self.state.weights.view());
             self.network.evaluate(&self.backend, weights, &mut self.acts, self.feed.batch(0), self.micro);
             self.backend.tally(
                 self.validation.view_mut(),
@@ -343,53 +357,57 @@ struct Slots {
     sums: Vec<Slot>,
     muon: Option<Slot>,
     partials: Slot,
+    shards: Shards,
     small: [Slot; 2],
     acts: model::Slots,
 }
 
 impl Slots {
-    /// `share`: micro-batches of this rank.
+    /// For one rank (its number, and how many there are).
     fn reserve<B: Ops>(
         backend: &B,
         plan: &mut Plan,
         network: &Network<B>,
         config: &Config,
         meaning: &Meaning,
-        share: usize,
+        (rank, world): (usize, usize),
         micro: MicroBatch,
         recompute: Recompute,
     ) -> Self {
         let (table, optimizer) = (network.table(), &meaning.optimizer);
         let settings = optimizer.settings(table, &meaning.scaling);
         let pieces = pieces::cut((0..table.rows.len()).map(|row| table.values(row)), 0..table.arena).len();
+        let shards = Shards::new(table, &settings, if config.comm.zero { world } else { 1 });
+        let (owned, share) = (shards.of(rank), comm::share(config.batch.micro_batches, rank, world).len());
         let depth = if config.batch.micro_batches > 1 { comm::depth(share) } else { 0 };
         let mut sum = |i| plan.reserve(format!("gradient sums.{i}"), backend.reduction(), table.arena);
         Self {
             sums: (0..depth).map(&mut sum).collect(),
-            state: State::plan(backend, plan, table, Some(optimizer)),
+            state: State::plan_part(backend, plan, table, Some(optimizer), owned.clone()),
             gradients: plan.reserve("gradients", backend.gradient(), table.arena),
-            muon: muon_scratch(table, &settings).map(|len| plan.reserve("muon", backend.compute(), len)),
+            muon: update::muon_scratch(table, &settings, &owned)
+                .map(|len| plan.reserve("muon", backend.compute(), len)),
             partials: plan.reserve("partial sums", DType::F64, pieces + table.rows.len()),
+            shards,
             small: ["step scalars", "validation scalars"].map(|name| plan.reserve(name, DType::F64, SCALARS)),
             acts: network.plan(backend, plan, micro, Some(recompute)),
         }
     }
 }
 
-/// Bytes that training will take, all but the batch itself, for one of `world` ranks.
+/// Bytes that training will take, all but the batch itself, for one rank (its number, and how many there are).
 pub fn memory<B: Ops>(
     backend: &B,
     network: &Network<B>,
     config: &Config,
     meaning: &Meaning,
-    world: usize,
+    rank: (usize, usize),
     samples: usize,
     recompute: Recompute,
 ) -> usize {
     let mut plan = Plan::default();
-    let (share, micro) = (comm::share(config.batch.micro_batches, 0, world), micro_batch(config, &meaning.spec));
-    let micro = MicroBatch { samples, ..micro };
-    Slots::reserve(backend, &mut plan, network, config, meaning, share.len(), micro, recompute);
+    let micro = MicroBatch { samples, ..micro_batch(config, &meaning.spec) };
+    Slots::reserve(backend, &mut plan, network, config, meaning, rank, micro, recompute);
     plan.bytes()
 }
 
@@ -413,60 +431,10 @@ fn stack_height(merges: &[usize], index: usize) -> usize {
 }
 
 /// Pushes a part of the gradients on the stack of sums, and adds topmost sums as the tree says.
-fn push<B: Ops>(
-    backend: &B,
-    sums: &mut [Tensor<B>],
-    top: usize,
-    merges: usize,
-    range: std::ops::Range<usize>,
-    part: crate::backend::Ref<'_, B>,
-) {
+fn push<B: Ops>(backend: &B, sums: &mut [Tensor<B>], top: usize, merges: usize, range: Range<usize>, part: Ref<'_, B>) {
     backend.accumulate(sums[top].slice_mut(range.clone()), part, false);
     for at in (top - merges..top).rev() {
         let (low, high) = sums.split_at_mut(at + 1);
         backend.accumulate(low[at].slice_mut(range.clone()), high[0].slice(range.clone()), true);
-    }
-}
-
-/// Begins a sum over ranks on the communication stream, behind what the compute stream has done so far.
-fn reduce<B: Ops>(backend: &B, comm: &dyn Comm<B>, part: crate::backend::Mut<'_, B>) -> Result<Ticket<B>> {
-    let ready = backend.record(Stream::Compute);
-    backend.wait(Stream::Communication, &ready);
-    comm.begin_all_reduce(backend, Stream::Communication, part)
-}
-
-/// Elements of scratch for Muon's largest matrix; None if no row is Muon's.
-fn muon_scratch(table: &Table, settings: &[RowSettings]) -> Option<usize> {
-    let rows = table.rows.iter().zip(settings).filter(|(_, settings)| settings.muon != 0);
-    rows.map(|(row, _)| muon::scratch(row.axes[0].size(), row.columns())).max()
-}
-
-#[allow(clippy::too_many_arguments, reason = "the disjoint parts of a trainer")]
-fn muon_update<B: Ops>(
-    backend: &B,
-    table: &Table,
-    state: &mut State<B>,
-    gradients: &Tensor<B>,
-    pieces: &Pieces<B>,
-    partials: &mut Tensor<B>,
-    scratch: &mut Tensor<B>,
-    scalars: &Tensor<B>,
-) {
-    for (i, (row, settings)) in table.rows.iter().zip(&pieces.rows).enumerate().filter(|(_, (_, s))| s.muon != 0) {
-        let values = table.values(i);
-        let Some(first) = state.first.as_mut() else { return };
-        let matrix = MuonMatrix {
-            weight: state.weights.slice_mut(values.clone()),
-            master: state.master.as_mut().map(|m| m.slice_mut(values.clone())),
-            first: first.slice_mut(values.clone()),
-            offset: values.start,
-            gradient: gradients.slice(values),
-            rows: row.axes[0].size(),
-            columns: row.columns(),
-            settings: *settings,
-        };
-        let at = pieces.list.len() + i;
-        let needed = 0..muon::scratch(matrix.rows, matrix.columns);
-        backend.muon(matrix, partials.slice_mut(at..at + 1), scratch.slice_mut(needed), scalars.view());
     }
 }

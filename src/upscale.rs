@@ -124,7 +124,8 @@ pub fn meaning(origin: &Meaning, growth: Option<&Growth>) -> Result<Meaning> {
     Ok(meaning)
 }
 
-/// Fills a state (its weights, and with `moments` kept its moments) from a checkpoint, widening by `growth`.
+/// Fills a state (its weights, and with `moments` kept its moments, as far as this rank has them) from a checkpoint,
+/// widening by `growth`. Noise does not depend on what part that is.
 ///
 /// `optimizer` is the one that will go on; its moments must be the source's. None: weights alone.
 pub fn load<B: Ops>(
@@ -149,8 +150,10 @@ pub fn load<B: Ops>(
             Some(growth) => loader.noise(backend, &mut staging, growth, &wide, &target.scaling, ratios)?,
             None => None,
         };
-        let weights = state.updated_mut().slice_mut(wide.values(i));
-        loader.expand(backend, &mut staging, None, Values::Weights, weights, ratios.s(), noise.as_ref())?;
+        for (start, part) in state.renew(wide.values(i)) {
+            let target = (start, part);
+            loader.expand(backend, &mut staging, None, Values::Weights, target, ratios.s(), noise.as_ref())?;
+        }
         // Moments that were reset when the checkpoint was written are zero, as they are in a new state.
         let fresh = origin.progress.position.time == 0 && !origin.has_moments();
         let (Some(optimizer), false) = (optimizer, fresh || moments == Moments::Reset) else { continue };
@@ -160,9 +163,8 @@ pub fn load<B: Ops>(
                 Moment::First => (factors.first, Values::First(asymmetric)),
                 Moment::Second | Moment::Maximum => (factors.second, Values::Second(asymmetric)),
             };
-            let Some(arena) = state.moment_mut(moment) else { continue };
-            let arena = arena.slice_mut(wide.values(i));
-            loader.expand(backend, &mut staging, Some(moment), values, arena, scale, None)?;
+            let Some(part) = state.renew_moment(moment, &wide.values(i)) else { continue };
+            loader.expand(backend, &mut staging, Some(moment), values, part, scale, None)?;
         }
     }
     state.round(backend);
@@ -197,14 +199,14 @@ impl<'a, B: Ops> RowLoader<'a, B> {
         &self.origin.table.rows[self.plan.parts[0].1]
     }
 
-    /// Writes scale × (copies of weights, or of a moment) + noise.
+    /// Writes a part of scale × (copies of weights, or of a moment) + noise, from the row's element `start` on.
     fn expand(
         &self,
         backend: &B,
         staging: &mut Staging<B>,
         moment: Option<Moment>,
         values: Values,
-        mut target: crate::backend::Mut<'_, B>,
+        (start, mut target): (usize, crate::backend::Mut<'_, B>),
         scale: f64,
         noise: Option<&Noise>,
     ) -> Result<()> {
@@ -216,8 +218,12 @@ impl<'a, B: Ops> RowLoader<'a, B> {
         let columns = self.row.columns();
         for (range, source) in &self.plan.parts {
             let narrow = &self.origin.table.rows[*source];
-            let (part, rest) = target.split(range.len() * columns);
-            target = rest;
+            let from = (range.start * columns).max(start);
+            let to = (range.end * columns).min(start + target.len());
+            if from >= to {
+                continue;
+            }
+            let part = target.reborrow().slice(from - start..to - start);
             let (name, file) = match moment {
                 None => (narrow.name.clone(), MODEL),
                 Some(moment) => (moment.name(&narrow.name), OPTIMIZER),
@@ -236,7 +242,7 @@ impl<'a, B: Ops> RowLoader<'a, B> {
                 rows_scale: rows_scale.as_ref().map(Tensor::view),
                 columns_scale: columns_scale.as_ref().map(Tensor::view),
             };
-            backend.expand(part, range.start * columns, columns, source, noise);
+            backend.expand(part, from, columns, source, noise);
             drop(bytes);
             self.origin.reader.release(&name)?;
         }

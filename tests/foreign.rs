@@ -271,7 +271,7 @@ fn first_logits() {
         let config = fixture.config(GRADIENT.trim_end_matches("clip=0"), &fixture.multipliers());
         let trainer = fixture.trainer(&config, &fixture.meaning(&config));
         let Network::Decoder(decoder) = &trainer.network else { panic!("a decoder") };
-        let weights = Weights { table: trainer.network.table(), arena: trainer.state.weights.view() };
+        let weights = Weights::new(trainer.network.table(), trainer.state.weights.view());
         let mut generator = Generator::new(&trainer.backend, decoder).unwrap();
         let expected: Vec<f64> = fixture.values("logits");
         let sequences = expected.len() / (fixture.size("vocab") * fixture.size("context"));

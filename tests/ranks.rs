@@ -68,6 +68,25 @@ fn three_processes_agree_to_rounding() {
     assert!(a != b, "three ranks add in another order; should that ever not show, this test shows nothing");
 }
 
+/// Ranks that each update a part of the weights end where ranks do that update all of them, and so do their checkpoints.
+#[test]
+fn zero_changes_nothing() {
+    let place = Place::new();
+    for (optimizer, world) in [("adamw", 3), ("muon", 2), ("lion", 4)] {
+        let [on, off] = ["true", "false"].map(|zero| {
+            let run = format!("{optimizer}-{zero}");
+            // Texts that rank 0 writes show whether it has everybody's weights.
+            let samples = "--set samples.every=1 --set samples.tokens=40 --set samples.temperature=1.5";
+            let more =
+                format!("--set optimizer.kind={optimizer} --set comm.zero={zero} --set validation.every=3 {samples}");
+            let said = ok(&place, &train(&run, &more), world);
+            assert_eq!(said[0].err.contains("ZeRO: of"), zero == "true", "{}", said[0].err);
+            essence(&place.join(&run), STEPS)
+        });
+        assert!(on == off, "{optimizer} on {world} ranks");
+    }
+}
+
 #[test]
 fn a_run_is_resumed_with_any_number_of_ranks() {
     let place = Place::new();
@@ -80,14 +99,14 @@ fn a_run_is_resumed_with_any_number_of_ranks() {
         }
     };
     keep(4);
-    ok(&place, "resume many", 2);
+    ok(&place, "resume many --set comm.zero=false", 2);
     let same = |a: &str, b: &str| {
         losses(&place, a).iter().map(|l| l.to_bits()).eq(losses(&place, b).iter().map(|l| l.to_bits()))
     };
     let [one, many] = ["one", "many"].map(|run| essence(&place.join(run), 6));
     assert!((&one.0, &one.1) == (&many.0, &many.1), "4, then 2 ranks end where one does");
     keep(2);
-    ok(&place, "resume many", 3);
+    ok(&place, "resume many --set comm.zero=true", 3);
     let [a, b] = ["one", "many"].map(|run| losses(&place, run));
     assert_eq!(a.len(), b.len());
     assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-12 * a.abs()), "{a:?} {b:?}");
@@ -161,6 +180,8 @@ fn ranks_that_differ_are_refused_with_one_message() {
     refused(here, [&good, &many, &good], &["threads = 100000"]);
     let broken = train("r", "--set data.path=nowhere");
     refused(here, [&good, &broken, &good], &["nowhere"]);
+    let half = train("r", "--set comm.reduction=bf16");
+    refused(here, [&half; 3], &["comm.reduction = bf16", "for GPUs"]);
     let used = train("base", "");
     refused(here, [&used; 3], &["base exists already"]);
     assert!(!place.join("r").exists(), "nothing was begun");

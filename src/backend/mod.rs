@@ -352,6 +352,11 @@ impl<'a, B: Backend> Mut<'a, B> {
         Ref { address: self.address, len: self.len, dtype: self.dtype, lifetime: PhantomData }
     }
 
+    /// What was borrowed to write, to be read from now on.
+    pub fn into_ref(self) -> Ref<'a, B> {
+        Ref { address: self.address, len: self.len, dtype: self.dtype, lifetime: PhantomData }
+    }
+
     /// A range of elements. Panics when it lies outside: an error of ours.
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);

@@ -184,7 +184,7 @@ fn with_peak<R>(work: impl FnOnce() -> R) -> (R, Option<usize>) {
 
 /// Bytes a second at which the weights' memory is filled with one value; the best of three.
 fn fill<B: Ops>(backend: &B, state: &mut State<B>) -> Result<f64> {
-    let weights = state.updated_mut();
+    let weights = state.master.as_mut().unwrap_or(&mut state.weights);
     let bytes = weights.len() * weights.dtype().size();
     let mut best = f64::INFINITY;
     for _ in 0..3 {

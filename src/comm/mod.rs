@@ -18,33 +18,54 @@ pub trait Comm<B: Backend>: Send {
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn world(&self) -> usize;
-    /// Begins to replace f64 values by their sum over ranks, the same on every rank: a binary tree over ranks, halves
-    /// first (see [`halves`]), so that a power of two of ranks adds as one rank with as many micro-batches does.
-    /// The values are not to be touched before [`Comm::finish_all_reduce`].
-    fn begin_all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<Ticket<B>>;
-    /// Lets `stream` go on with the sum in `values`, which are those that `ticket` was given for. Sums are finished in
-    /// the order in which they were begun.
-    fn finish_all_reduce(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()>;
+    /// Begins what all ranks do together with `values`, behind what `stream` has been given so far. On CPUs sums are of
+    /// f64 values, in a binary tree over ranks, halves first (see [`halves`]), so that a power of two of ranks adds as one
+    /// rank with as many micro-batches does. The values are not to be touched before [`Comm::finish`].
+    fn begin(&self, backend: &B, stream: Stream, what: Collective, values: Mut<'_, B>) -> Result<Ticket<B>>;
+    /// Lets `stream` go on with what became of `values`, which are those that `ticket` was given for. What was begun is
+    /// finished in the same order.
+    fn finish(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()>;
     /// Every rank's bytes, by rank: for what hosts have to say to each other.
     fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>>;
     /// Tells the others that this rank ends, and why: what they wait for fails with this cause.
     fn leave(&self, cause: &str);
 
-    /// Begins and finishes a sum.
+    /// Begins and finishes a sum on all ranks.
     fn all_reduce(&self, backend: &B, stream: Stream, mut values: Mut<'_, B>) -> Result<()> {
-        let ticket = self.begin_all_reduce(backend, stream, values.reborrow())?;
-        self.finish_all_reduce(backend, stream, ticket, values)
+        let ticket = self.begin(backend, stream, Collective::Sum, values.reborrow())?;
+        self.finish(backend, stream, ticket, values)
     }
 }
 
-/// A sum under way; what it holds is its communicator's business.
-pub struct Ticket<B: Backend>(Option<Receiver<Result<B::Host>>>);
+/// What becomes of a tensor that every rank has, of the same length and type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collective {
+    /// The sum over ranks, the same on every rank.
+    Sum,
+    /// That sum on this rank; on the others nothing that is of use.
+    SumTo(usize),
+    /// What this rank has, on every rank, bit for bit.
+    CopyFrom(usize),
+}
 
-impl<B: Backend> Ticket<B> {
-    /// Of a sum that its stream knows of: nothing is left to the host.
-    pub fn enqueued() -> Self {
-        Self(None)
+impl Collective {
+    /// What it is called in traces.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sum | Self::SumTo(_) => "sum",
+            Self::CopyFrom(_) => "copy",
+        }
     }
+}
+
+/// A collective under way; what it holds is its communicator's business.
+pub enum Ticket<B: Backend> {
+    /// Nothing is left to do.
+    Done,
+    /// The values are there once this has passed.
+    Event(B::Event),
+    /// The communicating thread's answer, and whether its bytes are to go into the values.
+    Answer(Receiver<Result<B::Host>>, bool),
 }
 
 /// A way to all ranks' bytes, as [`Comm::exchange`].
@@ -75,10 +96,10 @@ impl<B: Backend> Comm<B> for Solo {
     fn world(&self) -> usize {
         1
     }
-    fn begin_all_reduce(&self, _: &B, _: Stream, _: Mut<'_, B>) -> Result<Ticket<B>> {
-        Ok(Ticket::enqueued())
+    fn begin(&self, _: &B, _: Stream, _: Collective, _: Mut<'_, B>) -> Result<Ticket<B>> {
+        Ok(Ticket::Done)
     }
-    fn finish_all_reduce(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
+    fn finish(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
         Ok(())
     }
     fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

@@ -1,6 +1,6 @@
 //! Ranks as threads of one process: the reference for every other communicator.
 
-use super::{Comm, Ticket, halves};
+use super::{Collective, Comm, Ticket, halves};
 use crate::{
     DType, Result,
     backend::{Backend, HostBuffer, Mut, Stream},
@@ -29,6 +29,17 @@ impl Threads {
         (0..world).map(|rank| Self { rank, shared: shared.clone() }).collect()
     }
 
+    /// Every rank's bytes.
+    fn post(&self, mine: &[u8]) -> Vec<Vec<u8>> {
+        let note = |rank: usize| self.shared.notes[rank].lock().unwrap_or_else(PoisonError::into_inner);
+        *note(self.rank) = mine.to_vec();
+        self.shared.barrier.wait();
+        let all = (0..self.shared.notes.len()).map(|rank| note(rank).clone()).collect();
+        // Nobody posts again before all have read.
+        self.shared.barrier.wait();
+        all
+    }
+
     /// Every rank's values added up in tree order.
     fn sum(&self, values: Vec<f64>) -> Vec<f64> {
         let read = |rank: usize| self.shared.posts[rank].lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -44,7 +55,6 @@ impl Threads {
                 }
             }
         }
-        // Nobody posts again before all have read.
         self.shared.barrier.wait();
         stack.pop().unwrap_or_default()
     }
@@ -59,30 +69,37 @@ impl<B: Backend> Comm<B> for Threads {
         self.shared.posts.len()
     }
 
-    fn begin_all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<Ticket<B>> {
-        assert_eq!(values.dtype(), DType::F64);
-        let bytes = values.len() * 8;
+    fn begin(&self, backend: &B, stream: Stream, what: Collective, values: Mut<'_, B>) -> Result<Ticket<B>> {
+        let bytes = values.len() * values.dtype().size();
         let mut host = backend.host(bytes)?;
         backend.download(stream, values.as_ref(), &mut host, 0);
         backend.synchronize(&backend.record(stream))?;
-        let sum = self.sum(bytemuck::pod_collect_to_vec(host.bytes()));
-        host.bytes_mut().copy_from_slice(bytemuck::cast_slice(&sum));
+        match what {
+            Collective::CopyFrom(rank) => {
+                let all = self.post(host.bytes());
+                host.bytes_mut().copy_from_slice(&all[rank]);
+            }
+            Collective::Sum | Collective::SumTo(_) => {
+                assert_eq!(values.dtype(), DType::F64);
+                let sum = self.sum(bytemuck::pod_collect_to_vec(host.bytes()));
+                host.bytes_mut().copy_from_slice(bytemuck::cast_slice(&sum));
+            }
+        }
+        if matches!(what, Collective::SumTo(rank) if rank != self.rank) {
+            // Whoever relies on what it has no right to is found out.
+            host.bytes_mut().fill(0xff);
+        }
         backend.upload(stream, &host, 0..bytes, values);
         backend.synchronize(&backend.record(stream))?;
-        Ok(Ticket(None))
+        Ok(Ticket::Done)
     }
 
-    fn finish_all_reduce(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
+    fn finish(&self, _: &B, _: Stream, _: Ticket<B>, _: Mut<'_, B>) -> Result<()> {
         Ok(())
     }
 
     fn exchange(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let note = |rank: usize| self.shared.notes[rank].lock().unwrap_or_else(PoisonError::into_inner);
-        *note(self.rank) = mine.to_vec();
-        self.shared.barrier.wait();
-        let all = (0..self.shared.notes.len()).map(|rank| note(rank).clone()).collect();
-        self.shared.barrier.wait();
-        Ok(all)
+        Ok(self.post(mine))
     }
 
     fn leave(&self, _: &str) {}

@@ -27,6 +27,7 @@ use mlp::{Mlp, MlpActivations, MlpSlots};
 use param::{Span, Table};
 use plan::{Plan, Planned};
 use spec::{Scaling, Spec};
+use std::cell::RefCell;
 
 /// Size of a micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +59,94 @@ pub struct Batch<B: Backend> {
 pub struct Weights<'a, B: Backend> {
     /// Where rows lie.
     pub table: &'a Table,
-    /// The arena.
-    pub arena: Ref<'a, B>,
+    arena: Arena<'a, B>,
+}
+
+enum Arena<'a, B: Backend> {
+    Here(Ref<'a, B>),
+    Arriving(&'a (dyn Groups<B> + 'a)),
+}
+
+/// An arena whose groups are written while others are read already: each is waited for when it is first asked for.
+pub struct Arriving<'a, B: Backend> {
+    /// Each with the element of the arena that it begins with.
+    groups: RefCell<Vec<(usize, Coming<'a, B>)>>,
+    arrive: Arrive<'a, B>,
+}
+
+/// Is told a group, and its part of the arena; ops that are enqueued afterwards may read it.
+type Arrive<'a, B> = Box<dyn Fn(usize, Mut<'_, B>) + 'a>;
+
+/// A group's part of an arena: to be waited for, or there.
+enum Coming<'a, B: Backend> {
+    Not(Option<Mut<'a, B>>),
+    Here(Ref<'a, B>),
+}
+
+impl<'a, B: Backend> Arriving<'a, B> {
+    /// An arena, of which `arrive` is told each group once, before it is read.
+    pub fn new(table: &Table, arena: Mut<'a, B>, arrive: impl Fn(usize, Mut<'_, B>) + 'a) -> Self {
+        let mut rest = Some(arena);
+        let group = |group| {
+            let range = table.group(group);
+            let (first, others) = rest.take()?.split(range.len());
+            rest = Some(others);
+            Some((range.start, Coming::Not(Some(first))))
+        };
+        Self { groups: RefCell::new((0..table.groups()).filter_map(group).collect()), arrive: Box::new(arrive) }
+    }
+
+    /// Waits for groups that nobody has asked for.
+    pub fn finish(&self) {
+        let groups = self.groups.borrow().len();
+        (0..groups).for_each(|group| _ = self.get(group));
+    }
+}
+
+/// An arena by groups, however long it is borrowed to be written.
+trait Groups<B: Backend> {
+    /// A group's part of the arena, and where it begins.
+    fn get(&self, group: usize) -> (usize, Ref<'_, B>);
+}
+
+impl<B: Backend> Groups<B> for Arriving<'_, B> {
+    fn get(&self, group: usize) -> (usize, Ref<'_, B>) {
+        let (start, slot) = &mut self.groups.borrow_mut()[group];
+        match slot {
+            Coming::Here(part) => (*start, *part),
+            Coming::Not(part) => {
+                let mut part = part.take().expect("waited for once");
+                (self.arrive)(group, part.reborrow());
+                let part = part.into_ref();
+                *slot = Coming::Here(part);
+                (*start, part)
+            }
+        }
+    }
+}
+
+impl<'a, B: Backend> Weights<'a, B> {
+    /// Weights that are there.
+    pub fn new(table: &'a Table, arena: Ref<'a, B>) -> Self {
+        Self { table, arena: Arena::Here(arena) }
+    }
+
+    /// Weights that other ranks may still be sending.
+    pub fn arriving(table: &'a Table, arena: &'a Arriving<'_, B>) -> Self {
+        Self { table, arena: Arena::Arriving(arena) }
+    }
+
+    /// A row, or glued rows.
+    pub fn get(&self, span: &Span) -> Ref<'a, B> {
+        let range = self.table.range(span);
+        match self.arena {
+            Arena::Here(arena) => arena.slice(range),
+            Arena::Arriving(arena) => {
+                let (start, part) = arena.get(self.table.rows[span.start].group);
+                part.slice(range.start - start..range.end - start)
+            }
+        }
+    }
 }
 
 impl<B: Backend> Clone for Weights<'_, B> {
@@ -70,12 +157,13 @@ impl<B: Backend> Clone for Weights<'_, B> {
 
 impl<B: Backend> Copy for Weights<'_, B> {}
 
-impl<'a, B: Backend> Weights<'a, B> {
-    /// A row, or glued rows.
-    pub fn get(&self, span: &Span) -> Ref<'a, B> {
-        self.arena.slice(self.table.range(span))
+impl<B: Backend> Clone for Arena<'_, B> {
+    fn clone(&self) -> Self {
+        *self
     }
 }
+
+impl<B: Backend> Copy for Arena<'_, B> {}
 
 /// All gradients, to write; and who is told when a group is complete.
 pub struct Gradients<'a, B: Backend> {

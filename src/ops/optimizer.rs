@@ -4,7 +4,7 @@
 mod cuda;
 
 use super::{
-    pieces::{Piece, Pieces, RowSettings, for_pieces},
+    pieces::{Pieces, RowSettings, for_pieces},
     scalars::Scalar,
     stochastic::{self, Moment, Words},
 };
@@ -121,13 +121,13 @@ fn update<F: Real, M: Moment>(
     let moments = moments.map(|arena| arena.map_or(&mut [][..], Mut::into_slice::<M>));
     for_pieces(pool, &pieces.list, arenas.weights.into_slice::<F>(), moments, partials, |piece, weights, moments| {
         let row = &pieces.rows[piece.row as usize];
-        let gradients = gradients.slice(piece.range());
+        let (gradients, element) = (gradients.slice(piece.range()), pieces.origin + piece.offset);
         if row.muon != 0 {
             return 0.0;
         }
         vectorize!(match gradients.dtype() == F::DTYPE {
-            true => method.update(piece, row, step, weights, moments, gradients.as_slice::<F>()),
-            false => method.update(piece, row, step, weights, moments, gradients.as_slice::<f64>()),
+            true => method.update(element, row, step, weights, moments, gradients.as_slice::<F>()),
+            false => method.update(element, row, step, weights, moments, gradients.as_slice::<f64>()),
         })
     });
 }
@@ -160,7 +160,7 @@ impl Method {
     #[inline(always)]
     fn update<F: Real, M: Moment, G: Real>(
         self,
-        piece: &Piece,
+        element: u64,
         row: &RowSettings,
         step: Step,
         weights: &mut [F],
@@ -171,7 +171,7 @@ impl Method {
         let rate = step.lr * row.lr;
         let (lr, decay, shrink, eps) = (c(rate), c(row.decay), c(rate * row.decay), c(row.eps));
         let words = Words::new(step.time);
-        let sweep = Sweep { weights, gradients, factor: c(step.factor), words, offset: piece.offset };
+        let sweep = Sweep { weights, gradients, factor: c(step.factor), words, offset: element };
         match self {
             Self::Sgd { momentum: 0.0, .. } => sweep.run::<M, 0>(
                 [],

@@ -50,6 +50,8 @@ pub struct RowSettings {
 pub struct Pieces<B: Backend> {
     /// The pieces, in arena order.
     pub list: Vec<Piece>,
+    /// Element of the table's arena that their offsets count from: 0, but where an op is given a part of it.
+    pub origin: u64,
     /// Settings of every row of the table.
     pub rows: Vec<RowSettings>,
     /// `list` as bytes on the device.
@@ -79,7 +81,7 @@ impl<B: Backend> Pieces<B> {
     pub fn new(backend: &B, list: Vec<Piece>, rows: Vec<RowSettings>) -> Result<Self> {
         let device_list = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&list))?;
         let device_rows = Tensor::from_bytes(backend, DType::U8, bytemuck::cast_slice(&rows))?;
-        Ok(Self { list, rows, device_list, device_rows })
+        Ok(Self { list, origin: 0, rows, device_list, device_rows })
     }
 }
 

@@ -58,7 +58,7 @@ impl<B: Ops> Model<B> {
 
     /// Weights, to read.
     pub fn weights(&self) -> Weights<'_, B> {
-        Weights { table: self.network.table(), arena: self.state.weights.view() }
+        Weights::new(self.network.table(), self.state.weights.view())
     }
 
     /// Mean loss over all held-out samples, in micro-batches; `step` is told each one's number of samples.

@@ -7,7 +7,7 @@ use crate::{
         cuda::{self, Cuda, library},
     },
     comm::environment::World,
-    config::{Config, Device, KeptIn, Precision, Recording},
+    config::{Config, Device, KeptIn, Precision, Recording, Reduction},
     ops::Ops,
 };
 
@@ -62,7 +62,13 @@ impl Place {
         let Config { device, precision, threads, graph, autotune, unfused, .. } = *config;
         let eager = graph == Recording::None;
         let (gradients, moments) = (config.memory.gradients, config.memory.moments);
-        Self { device, precision, gradients, moments, threads, eager, autotune, unfused, ordinal: 0 }.among(world)
+        let place = Self { device, precision, gradients, moments, threads, eager, autotune, unfused, ordinal: 0 };
+        let place = place.among(world)?;
+        if place.device == Device::Cpu && config.comm.reduction == Reduction::Bf16 {
+            let why = "is for GPUs: ranks on CPUs sum in f64; leave it out, or set comm.reduction=f32";
+            return Err(Error::config("comm.reduction", "bf16", why));
+        }
+        Ok(place)
     }
 
     /// The part of one of the ranks of a host: `auto` is decided, cores are shared, and each rank has a GPU of its own:

@@ -14,7 +14,7 @@ use crate::{
     Error, Result,
     backend::{Backend, HostBuffer},
     checkpoint::{Store, Writer},
-    comm::{self, Comm, environment::World},
+    comm::{Comm, environment::World},
     config::{Background, Config},
     machine::{self, size},
     model::param::Table,
@@ -104,8 +104,7 @@ impl<B: Ops> Saver<B> {
     /// Memory is refused; ranks do not see the same run folder.
     pub fn new(trainer: &Trainer<B>, config: &Config, meaning: &Meaning, free: usize) -> Result<Self> {
         let (comm, table) = (&*trainer.comm, trainer.network.table());
-        let owned = comm::share(table.arena, comm.rank(), comm.world());
-        let parts: Arc<[Part]> = trainer.state.parts(table, Some(&meaning.optimizer), owned).into();
+        let parts: Arc<[Part]> = trainer.state.parts(table, Some(&meaning.optimizer), trainer.saves()).into();
         let store = Store::new(&config.run);
         agree(comm, shared(comm, &store, trainer.position.step))?;
         let memory = agree(comm, Memory::new(trainer, config, snapshot_bytes(&parts), free))?;

@@ -71,7 +71,7 @@ pub fn train<B: Ops>(backend: B, ranks: Ranks, prepared: Prepared, force: bool, 
     let world = ranks.world.clone();
     let free = saving::host_memory(&world);
     let comm = ranks.comm(&backend)?;
-    let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning))?;
+    let recompute = agree(&*comm, choose_recompute(&backend, &config, &meaning, &world))?;
     let mut trainer = Trainer::new(backend, comm, &config, &meaning, samples, recompute)?;
     let resumes = origin.as_ref().is_some_and(|start| start.resumes);
     if resumes {
@@ -143,15 +143,15 @@ pub fn first_state<B: Ops>(
 }
 
 /// The cheapest way to save memory that fits.
-fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning) -> Result<Recompute> {
+fn choose_recompute<B: Ops>(backend: &B, config: &Config, meaning: &Meaning, world: &World) -> Result<Recompute> {
     let network = Network::new(backend, &meaning.spec, &meaning.scaling)?;
     let limit = match config.memory.limit {
         0 => backend.available()?,
         mebibytes => mebibytes << 20,
     };
     let writing = network.decoder().filter(|_| config.samples.every > 0).map_or(0, |d| Generator::memory(backend, d));
-    let limit = limit.saturating_sub(writing);
-    let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, 1, samples, recompute);
+    let (limit, rank) = (limit.saturating_sub(writing), (world.rank, world.world));
+    let need = |recompute, samples| trainer::memory(backend, &network, config, meaning, rank, samples, recompute);
     let candidates = config.memory.recompute.candidates();
     if let Some(&recompute) = candidates.iter().find(|&&r| need(r, config.batch.size) <= limit) {
         return Ok(recompute);
@@ -243,10 +243,11 @@ impl<B: Ops> Session<B> {
             self.types(),
             format!("memory:\n{}", self.trainer.plan),
         ];
+        let sharding = self.trainer.sharding();
         if world.world > 1 {
             self.say(&world.to_string());
         }
-        for line in lines.into_iter().chain(self.saver.describe()) {
+        for line in lines.into_iter().chain(sharding).chain(self.saver.describe()) {
             self.say(&line);
         }
     }
@@ -399,6 +400,7 @@ impl<B: Ops> Session<B> {
     /// Lets the model write, on rank 0, while the others wait in their next sum.
     fn sample(&mut self) -> Result<()> {
         self.flush()?;
+        self.trainer.gather()?;
         let seconds = self.seconds();
         let (Some(sampler), Some(files)) = (&mut self.sampler, &mut self.files) else { return Ok(()) };
         for sample in sampler.write(&self.trainer, seconds)? {

@@ -2,7 +2,7 @@
 //!
 //! Each rank writes the tensors' elements that lie in the range of the arena that it owns, and nobody else writes those.
 
-use super::{Moment, State, meta};
+use super::{Moment, State, common, meta};
 use crate::{
     DType, Result,
     backend::{Backend, HostBuffer, Ref, Stream, Tensor},
@@ -75,7 +75,7 @@ impl<B: Backend> State<B> {
         let (mut parts, mut end) = (Vec::new(), 0);
         for (source, i, name) in stored(table, optimizer) {
             let row = table.values(i);
-            let values = row.start.max(owned.start)..row.end.min(owned.end);
+            let values = common(&row, &owned);
             if values.is_empty() {
                 continue;
             }
@@ -123,9 +123,11 @@ impl<B: Backend> State<B> {
         backend.synchronize(&backend.record(Stream::Copy))
     }
 
-    /// Elements of the table's arena, of the weights that the optimizer updates or of a moment.
+    /// Elements of the table's arena, of the weights that the optimizer updates or of a moment: such as are here.
     fn elements(&self, source: Option<Moment>, values: Range<usize>) -> Ref<'_, B> {
-        self.arena(source).slice(values)
+        // Weights without a master copy are all here.
+        let start = if source.is_none() && self.master.is_none() { 0 } else { self.owned.start };
+        self.arena(source).slice(values.start - start..values.end - start)
     }
 
     fn dtype(&self, source: Option<Moment>) -> DType {

@@ -209,7 +209,10 @@ impl Question<'_> {
         let network = Network::new(&backend, &self.target.spec, &self.target.scaling)?;
         let recompute = self.config.memory.recompute.candidates().first().copied().unwrap_or(Recompute::None);
         let samples = self.config.batch.size;
-        let f32 = trainer::memory(&backend, &network, self.config, self.target, self.gpus, samples, recompute);
+        // Whole on each GPU; what ranks share is a formula below.
+        let mut config = self.config.clone();
+        config.comm.zero = false;
+        let f32 = trainer::memory(&backend, &network, &config, self.target, (0, self.gpus), samples, recompute);
         let (table, optimizer) = (network.table(), &self.target.optimizer);
         let kept = |moment: &&Moment| table.rows.iter().any(|row| moment.exists(optimizer, row));
         let moments = Moment::ALL.iter().filter(kept).count();

@@ -57,6 +57,33 @@ fn ranks_train_as_one_gpu_does() {
     // Devices that work only when somebody waits for them: a missing event would show.
     ok(&place, &train("lazy", ""), 2, &[("MUPSCALE_EMULATED_STREAMS", "lazy"), ("MUPSCALE_EMULATED_SEED", "3")]);
     assert_eq!(losses(&place, "lazy"), losses(&place, "w2"));
+    // Every rank updates all weights: the same sums, which the stand-in for NCCL adds in one order.
+    ok(&place, &train("whole", "--set comm.zero=false"), 2, &[]);
+    assert_eq!(losses(&place, "whole"), losses(&place, "w2"));
+}
+
+/// Master weights in f32 beside working weights in bf16, each rank its part, by both kinds of update; and gradients
+/// that travel as bf16 change what is learned by no more than bf16 does.
+#[test]
+fn ranks_train_in_bf16() {
+    let place = Place::new();
+    for optimizer in ["adamw", "muon"] {
+        let run = |name: &str, more: &str| {
+            let more = format!("--set precision=bf16 --set optimizer.kind={optimizer} {more}");
+            ok(&place, &train(&format!("{optimizer}-{name}"), &more), 2, &[]);
+            losses(&place, &format!("{optimizer}-{name}"))
+        };
+        let whole = run("whole", "--set comm.zero=false");
+        assert_eq!(run("parts", ""), whole);
+        let moments = "--set memory.moments=bf16 --set memory.gradients=bf16";
+        assert_eq!(run("half-parts", moments), run("half-whole", &format!("{moments} --set comm.zero=false")));
+        let travels = run("travels", "--set comm.reduction=bf16");
+        assert!(travels != whole, "f32 or bf16 on the way made no difference");
+        assert_eq!(run("travels-whole", "--set comm.reduction=bf16 --set comm.zero=false"), travels);
+        // Each addition and each way there and back rounds by 2⁻⁹ at most.
+        let close = travels.iter().zip(&whole).all(|(a, b)| (a - b).abs() <= 4.0 * 2f64.powi(-9) * b);
+        assert!(close, "{travels:?} {whole:?}");
+    }
 }
 
 #[test]

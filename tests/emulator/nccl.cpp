@@ -1,5 +1,5 @@
-// The stand-in libnccl.so.2: sums between processes of one machine over shared memory, in the order of the ranks. As
-// the real one, it waits for no other rank in a call: what is not over is "in progress"; a rank that is gone is an
+// The stand-in libnccl.so.2: sums and copies between processes of one machine over shared memory, sums in the order of
+// the ranks, each addition rounded to the type. As the real one, it waits for no other rank in a call: what is not over is "in progress"; a rank that is gone is an
 // error that ncclCommGetAsyncError tells, and ncclCommAbort lets the device go on without it.
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -105,13 +105,41 @@ bool all_joined(Comm& comm) {
     return comm.joined = true;
 }
 
-struct Sum {
+// A collective: a sum on all ranks or on `root` alone, or a copy of what `root` has.
+struct Work {
     Comm* comm;
+    const char* name;
     const char* from;
     char* to;
-    size_t bytes, item;
+    size_t bytes;
+    // ncclDataType_t, and the rank that gets the sum or gives the copy; ALL for a sum on all ranks.
+    int type, root;
+    bool copies;
     size_t at = 0;
     bool written = false;
+};
+
+constexpr int ALL = -1;
+enum Type { BYTE = 1, F32 = 7, F64 = 8, BF16 = 9 };
+
+size_t size_of(int type) { return type == BYTE ? 1 : type == BF16 ? 2 : type == F32 ? 4 : type == F64 ? 8 : 0; }
+
+struct Bf16 {
+    uint16_t bits;
+    Bf16(int) : bits(0) {}
+    Bf16() = default;
+    explicit Bf16(float x) {
+        uint32_t all;
+        std::memcpy(&all, &x, 4);
+        // To the nearest, ties to even; what is no number stays so.
+        bits = x != x ? 0x7fff : uint16_t((all + 0x7fff + (all >> 16 & 1)) >> 16);
+    }
+    operator float() const {
+        uint32_t all = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &all, 4);
+        return x;
+    }
 };
 
 template <class T> void add(Comm& comm, char* to, size_t bytes) {
@@ -120,42 +148,64 @@ template <class T> void add(Comm& comm, char* to, size_t bytes) {
         for (int r = 0; r < comm.world; r++) {
             T x;
             std::memcpy(&x, comm.shared->ranks[r].pieces[comm.pieces % 2] + i * sizeof(T), sizeof(T));
-            sum = r ? sum + x : x;
+            sum = r ? T(sum + x) : x;
         }
         std::memcpy(to + i * sizeof(T), &sum, sizeof(T));
     }
 }
 
+// What becomes of a piece that all have written.
+void take(Work& work, size_t bytes) {
+    Comm& comm = *work.comm;
+    char* to = work.to + work.at;
+    if (work.copies) std::memcpy(to, comm.shared->ranks[work.root].pieces[comm.pieces % 2], bytes);
+    // The others' memory may hold anything afterwards: whoever reads it is found out.
+    else if (work.root != ALL && work.root != comm.rank) std::memset(to, 0xff, bytes);
+    else if (work.type == BF16) add<Bf16>(comm, to, bytes);
+    else if (work.type == F32) add<float>(comm, to, bytes);
+    else add<double>(comm, to, bytes);
+}
+
 // Writes a piece where nobody reads any more, adds it up once it is there of all, and so on. Nonzero: not over yet.
 int run(void* data, char* failed) {
-    Sum* sum = static_cast<Sum*>(data);
-    Comm& comm = *sum->comm;
+    Work* work = static_cast<Work*>(data);
+    Comm& comm = *work->comm;
     Rank& self = comm.shared->ranks[comm.rank];
-    if (!comm.aborted && (!emulated_reaches(sum->from, sum->bytes) || !emulated_reaches(sum->to, sum->bytes)))
-        std::snprintf(failed, 256, "ncclAllReduce, when it ran: %zu bytes that are no memory of the device", sum->bytes);
-    while (!comm.aborted && !*failed && sum->at < sum->bytes) {
-        size_t bytes = std::min(PIECE, sum->bytes - sum->at);
+    if (!comm.aborted && (!emulated_reaches(work->from, work->bytes) || !emulated_reaches(work->to, work->bytes)))
+        std::snprintf(failed, 256, "%s, when it ran: %zu bytes that are no memory of the device", work->name, work->bytes);
+    while (!comm.aborted && !*failed && work->at < work->bytes) {
+        size_t bytes = std::min(PIECE, work->bytes - work->at);
         for (int r = 0; r < comm.world; r++) {
             const Rank& other = comm.shared->ranks[r];
-            bool waits = sum->written ? other.written <= comm.pieces : other.read + 2 <= comm.pieces;
+            bool waits = work->written ? other.written <= comm.pieces : other.read + 2 <= comm.pieces;
             if (!waits) continue;
             look(comm);
             return 1;
         }
-        if (!sum->written) {
-            std::memcpy(self.pieces[comm.pieces % 2], sum->from + sum->at, bytes);
+        if (!work->written) {
+            std::memcpy(self.pieces[comm.pieces % 2], work->from + work->at, bytes);
             self.written = comm.pieces + 1;
-            sum->written = true;
+            work->written = true;
             continue;
         }
-        if (sum->item == sizeof(float)) add<float>(comm, sum->to + sum->at, bytes);
-        else add<double>(comm, sum->to + sum->at, bytes);
+        take(*work, bytes);
         self.read = ++comm.pieces;
-        sum->at += bytes;
-        sum->written = false;
+        work->at += bytes;
+        work->written = false;
     }
-    delete sum;
+    delete work;
     return 0;
+}
+
+int enqueue(const char* name, const void* from, void* to, size_t count, int type, int root, bool copies, Comm* comm,
+            void* stream) {
+    if (!comm->joined) return refuse(INVALID_USAGE, "a communicator that is not connected");
+    size_t bytes = count * size_of(type);
+    if (!size_of(type)) return refuse(INVALID_ARGUMENT, "a type that is not emulated");
+    if (!emulated_reaches(to, bytes)) return refuse(INVALID_ARGUMENT, "no memory of the device");
+    // Freed when it has run.
+    Work* work = new Work{comm, name, static_cast<const char*>(from), static_cast<char*>(to), bytes, type, root, copies};
+    return emulated_enqueue_waiting(stream, name, run, work) ? CUDA_ERROR : SUCCESS;
 }
 
 }  // namespace
@@ -189,13 +239,18 @@ EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
     return SUCCESS;
 }
 EXPORT int ncclAllReduce(const void* from, void* to, size_t count, int type, int operation, Comm* comm, void* stream) {
-    if (!comm->joined) return refuse(INVALID_USAGE, "a communicator that is not connected");
-    size_t item = type == 7 ? sizeof(float) : type == 8 ? sizeof(double) : 0;
-    if (!item || operation != 0) return refuse(INVALID_ARGUMENT, "only sums of f32 and f64 are emulated");
-    if (!emulated_reaches(to, count * item)) return refuse(INVALID_ARGUMENT, "no memory of the device");
-    // Freed when it has run.
-    Sum* sum = new Sum{comm, static_cast<const char*>(from), static_cast<char*>(to), count * item, item};
-    return emulated_enqueue_waiting(stream, "ncclAllReduce", run, sum) ? CUDA_ERROR : SUCCESS;
+    if (type == BYTE || operation != 0) return refuse(INVALID_ARGUMENT, "only sums of bf16, f32 and f64 are emulated");
+    return enqueue("ncclAllReduce", from, to, count, type, ALL, false, comm, stream);
+}
+EXPORT int ncclReduce(const void* from, void* to, size_t count, int type, int operation, int root, Comm* comm,
+                      void* stream) {
+    if (type == BYTE || operation != 0) return refuse(INVALID_ARGUMENT, "only sums of bf16, f32 and f64 are emulated");
+    if (root < 0 || root >= comm->world) return refuse(INVALID_ARGUMENT, "root");
+    return enqueue("ncclReduce", from, to, count, type, root, false, comm, stream);
+}
+EXPORT int ncclBroadcast(const void* from, void* to, size_t count, int type, int root, Comm* comm, void* stream) {
+    if (root < 0 || root >= comm->world) return refuse(INVALID_ARGUMENT, "root");
+    return enqueue("ncclBroadcast", from, to, count, type, root, true, comm, stream);
 }
 EXPORT int ncclCommFinalize(Comm* comm) {
     comm->shared->ranks[comm->rank].left = 1;

@@ -25,7 +25,7 @@ const HEAD: usize = 16;
 /// Logits at every position of a fixed sequence.
 fn logits(trainer: &Trainer<Cpu<f32>>) -> Vec<f64> {
     let Network::Decoder(decoder) = &trainer.network else { panic!("a decoder") };
-    let weights = Weights { table: trainer.network.table(), arena: trainer.state.weights.view() };
+    let weights = Weights::new(trainer.network.table(), trainer.state.weights.view());
     let mut generator = Generator::new(&trainer.backend, decoder).unwrap();
     let tokens = numbers(99, VOCAB as u64, decoder.spec.context);
     let mut next = |token| generator.extend(&trainer.backend, decoder, weights, &[token as i32]).unwrap();

@@ -29,7 +29,7 @@ fn cached_logits_are_those_of_training() {
 
         let mut sum = 0.0;
         let Network::Decoder(decoder) = &trainer.network else { panic!("a decoder") };
-        let weights = Weights { table: trainer.network.table(), arena: trainer.state.weights.view() };
+        let weights = Weights::new(trainer.network.table(), trainer.state.weights.view());
         let mut generator = Generator::new(&trainer.backend, decoder).unwrap();
         let extend = |generator: &mut Generator<_>, tokens: &[i32]| {
             generator.extend(&trainer.backend, decoder, weights, tokens).unwrap()

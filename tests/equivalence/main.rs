@@ -3,6 +3,7 @@
 //! | file | |
 //! |---|---|
 //! | `computing` | recomputing = keeping; N ranks = N micro-batches; any number of threads |
+//! | `sharding` | ranks that each update a part = ranks that update all |
 //! | `runs` | resumed = never stopped; `upscale` and then `train` = widening on the way |
 //! | `generation` | token by token = all at once = the loss of training |
 //! | `noise` | paired noise keeps the function |
@@ -19,3 +20,4 @@ mod generation;
 mod noise;
 mod run_folder;
 mod runs;
+mod sharding;

@@ -116,7 +116,7 @@ fn forward(
     let rows: Vec<i32> = (0..length as i32).collect();
     let tokens = |backend| Tensor::from_bytes(backend, DType::I32, bytemuck::cast_slice(&rows));
     let batch = Batch { inputs: tokens(backend)?, targets: tokens(backend)?, first_key: None };
-    let weights = Weights { table: &model.table, arena: arena.view() };
+    let weights = Weights::new(&model.table, arena.view());
     let (stream, end) = model.hidden(backend, weights, &mut acts, &batch, micro);
     Ok((download(backend, stream)?, download(backend, end)?))
 }

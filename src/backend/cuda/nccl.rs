@@ -1,6 +1,6 @@
-//! Sums over GPUs by NCCL; what their hosts have to say to each other goes over TCP.
+//! Sums and copies between GPUs by NCCL; what their hosts have to say to each other goes over TCP.
 //!
-//! NCCL's ten functions are declared here: cudarc's binding opens `libnccl.so` only, which the packages that people have
+//! NCCL's twelve functions are declared here: cudarc's binding opens `libnccl.so` only, which the packages that people have
 //! (`libnccl.so.2`) do not bring. The communicator is non-blocking, so that no call waits for a rank that is lost, and
 //! the host waits for no result without looking, beside it, for errors: those of NCCL, those of the hosts' connections
 //! (a rank that is gone leaves NCCL's kernels within a host spinning, without an error), and the time.
@@ -17,7 +17,7 @@ use crate::{
     DType, Error, Result,
     backend::{Backend, Mut, Stream},
     comm::{
-        Comm, Ticket, settle,
+        Collective, Comm, Ticket, settle,
         tcp::{Tcp, Tree},
     },
     machine,
@@ -38,10 +38,14 @@ use std::{
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
+/// `ncclUint8`.
+const BYTE: c_int = 1;
 /// `ncclFloat32`.
 const F32: c_int = 7;
 /// `ncclFloat64`.
 const F64: c_int = 8;
+/// `ncclBfloat16`.
+const BF16: c_int = 9;
 /// `ncclSum`.
 const SUM: c_int = 0;
 
@@ -124,6 +128,8 @@ functions! {
     last_error = ncclGetLastError(Handle) -> *const c_char;
     words = ncclGetErrorString(c_int) -> *const c_char;
     all_reduce = ncclAllReduce(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
+    reduce = ncclReduce(*const c_void, *mut c_void, usize, c_int, c_int, c_int, Handle, *mut c_void) -> c_int;
+    broadcast = ncclBroadcast(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
     finalize = ncclCommFinalize(Handle) -> c_int;
     destroy = ncclCommDestroy(Handle) -> c_int;
     abort = ncclCommAbort(Handle) -> c_int;
@@ -272,18 +278,27 @@ impl Group {
         if asked == SUCCESS { state } else { asked }
     }
 
-    /// Replaces values by their sum over ranks, in the order of the communication stream.
-    fn sum(&self, cuda: &Cuda, values: &Mut<'_, Cuda>) -> Result<()> {
-        let dtype = match values.dtype() {
+    /// Enqueues a collective on the communication stream.
+    fn enqueue(&self, cuda: &Cuda, what: Collective, values: &Mut<'_, Cuda>) -> Result<()> {
+        let dtype = || match values.dtype() {
+            DType::BF16 => BF16,
             DType::F32 => F32,
             DType::F64 => F64,
             other => panic!("sums over ranks of {other}"),
         };
         cuda.bind()?;
+        let Api { all_reduce, reduce, broadcast, .. } = self.api;
+        let (handle, len, bytes) = (self.handle, values.len(), values.len() * values.dtype().size());
         let (at, stream) = (values.address().0 as *mut c_void, cuda.queue(Stream::Communication).raw.cast());
         // SAFETY: memory of the current GPU with as many values, in place, as NCCL allows; all on a live stream.
-        let status = unsafe { (self.api.all_reduce)(at, at, values.len(), dtype, SUM, self.handle, stream) };
-        self.checked(status, "a sum over ranks to begin")
+        let status = unsafe {
+            match what {
+                Collective::Sum => all_reduce(at, at, len, dtype(), SUM, handle, stream),
+                Collective::SumTo(rank) => reduce(at, at, len, dtype(), SUM, rank as c_int, handle, stream),
+                Collective::CopyFrom(rank) => broadcast(at, at, bytes, BYTE, rank as c_int, handle, stream),
+            }
+        };
+        self.checked(status, "a sum over ranks, or a copy from one, to begin")
     }
 
     /// Blocks the host until `event` has passed, or cannot pass any more.
@@ -397,20 +412,27 @@ impl Comm<Cuda> for Nccl {
         self.hosts.world()
     }
 
-    /// Of f32 or f64, in NCCL's own order, which depends on the number of ranks and on how they are connected.
-    fn begin_all_reduce(&self, cuda: &Cuda, stream: Stream, values: Mut<'_, Cuda>) -> Result<Ticket<Cuda>> {
+    /// Sums are of bf16, f32 or f64, in NCCL's own order, which depends on the number of ranks and on how they are
+    /// connected; each addition rounds to the type.
+    fn begin(&self, cuda: &Cuda, stream: Stream, what: Collective, values: Mut<'_, Cuda>) -> Result<Ticket<Cuda>> {
         follow(cuda, stream, Stream::Communication);
         cuda.fault()?;
         let group = cuda.group.get().expect("joined by `new`");
         let bytes = values.len() * values.dtype().size();
-        let _sum =
-            cuda.span(Stream::Communication, Lane::Communication, format_args!("sum of {}", machine::size(bytes)));
-        group.sum(cuda, &values)?;
-        Ok(Ticket::enqueued())
+        let _span = cuda.span(
+            Stream::Communication,
+            Lane::Communication,
+            format_args!("{} of {}", what.name(), machine::size(bytes)),
+        );
+        group.enqueue(cuda, what, &values)?;
+        // Whoever waits for these values does not wait for what is begun after them.
+        Ok(Ticket::Event(cuda.record(Stream::Communication)))
     }
 
-    fn finish_all_reduce(&self, cuda: &Cuda, stream: Stream, _: Ticket<Cuda>, _: Mut<'_, Cuda>) -> Result<()> {
-        follow(cuda, Stream::Communication, stream);
+    fn finish(&self, cuda: &Cuda, stream: Stream, ticket: Ticket<Cuda>, _: Mut<'_, Cuda>) -> Result<()> {
+        if let (Ticket::Event(event), true) = (ticket, stream != Stream::Communication) {
+            cuda.wait(stream, &event);
+        }
         Ok(())
     }
 

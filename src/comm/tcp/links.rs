@@ -72,6 +72,11 @@ impl Link {
         Ok(Self { peer, stream })
     }
 
+    /// The rank at its other end.
+    pub fn peer(&self) -> usize {
+        self.peer
+    }
+
     fn lost(&self, why: &dyn std::fmt::Display) -> Fault {
         Fault { cause: format!("{} is lost: {why}", name_ranks(&[self.peer])), from: Some(self.peer) }
     }

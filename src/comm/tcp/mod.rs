@@ -1,8 +1,9 @@
 //! Ranks as processes that are connected by TCP, for CPUs, and for what GPUs' hosts have to say to each other.
 //!
 //! Connections form the tree of [`halves`](super::halves): the rank that a range of ranks begins with adds the sum of
-//! its right half to that of its left half. Sums go up and the total comes down, so results are those of
-//! [`threads`](super::threads), bit for bit, and no rank has more than log₂(world) + 1 connections.
+//! its right half to that of its left half. Sums go up and the total comes down, to all or along the way to the one that
+//! wants it, so results are those of [`threads`](super::threads), bit for bit, and no rank has more than
+//! log₂(world) + 1 connections.
 //!
 //! A thread communicates, in the order of the calls, while the rank computes on.
 
@@ -11,7 +12,7 @@ mod links;
 mod tests;
 
 use super::{
-    Comm, Ticket,
+    Collective, Comm, Ticket,
     environment::World,
     meeting::Meeting,
     store::{name_ranks, read_frame, write_frame},
@@ -69,6 +70,16 @@ fn children(rank: usize, world: usize) -> Vec<usize> {
     found
 }
 
+/// The ranks from `rank` up to 0, both included.
+fn way_up(rank: usize, world: usize) -> Vec<usize> {
+    let mut way = vec![rank];
+    while let Some(above) = (0..way[way.len() - 1]).find(|&above| children(above, world).contains(&way[way.len() - 1]))
+    {
+        way.push(above);
+    }
+    way
+}
+
 impl Tree {
     /// Connects the ranks of a run. Afterwards the store is not needed.
     ///
@@ -88,8 +99,9 @@ impl Tree {
                 addresses[peer]
             ))
         };
-        let parent = (0..world.rank).find(|&above| children(above, world.world).contains(&world.rank));
-        let parent = parent
+        let parent = way_up(world.rank, world.world)
+            .get(1)
+            .copied()
             .map(|above| {
                 let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
                 TcpStream::connect_timeout(&addresses[above], left)
@@ -148,8 +160,23 @@ impl Tree {
             .ok_or_else(|| Fault::of_ours("ranks exchange nonsense: do all run one version?"))
     }
 
-    /// Replaces f64 values by their sum over ranks.
-    fn sum(&self, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
+    /// Does a collective with a tensor's bytes; sums are of f64 values.
+    fn perform(&self, what: Collective, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
+        match what {
+            Collective::Sum => {
+                self.add_up(values, piece)?;
+                self.spread(0, values, piece)
+            }
+            Collective::SumTo(rank) => {
+                self.add_up(values, piece)?;
+                self.hand_down(rank, values, piece)
+            }
+            Collective::CopyFrom(rank) => self.spread(rank, values, piece),
+        }
+    }
+
+    /// Rank 0 gets the sum; the others have parts of it.
+    fn add_up(&self, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
         const SIZE: usize = size_of::<f64>();
         for child in &self.links.children {
             self.links.receive(child, values.len(), piece, |at, theirs| {
@@ -159,13 +186,34 @@ impl Tree {
                 }
             })?;
         }
-        if let Some(parent) = &self.links.parent {
-            self.links.send(parent, values)?;
-            self.links.receive(parent, values.len(), piece, |at, total| {
-                values[at..at + total.len()].copy_from_slice(total);
-            })?;
-        }
-        self.links.children.iter().rev().try_for_each(|child| self.links.send(child, values))
+        self.links.parent.iter().try_for_each(|parent| self.links.send(parent, values))
+    }
+
+    /// What rank 0 has goes to `rank`, and to those between.
+    fn hand_down(&self, rank: usize, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
+        let way = way_up(rank, self.world);
+        let Some(at) = way.iter().position(|&r| r == self.rank) else { return Ok(()) };
+        self.links.parent.iter().try_for_each(|parent| self.take(parent, values, piece))?;
+        let below = at.checked_sub(1).map(|next| way[next]);
+        self.links.children.iter().filter(|c| Some(c.peer()) == below).try_for_each(|c| self.links.send(c, values))
+    }
+
+    /// What `rank` has goes to all, along every connection away from it.
+    fn spread(&self, rank: usize, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
+        let way = way_up(rank, self.world);
+        // The neighbour on the side of `rank`: below, where this rank lies on its way up, else above.
+        let source = match way.iter().position(|&r| r == self.rank) {
+            Some(at) => at.checked_sub(1).map(|next| way[next]),
+            None => self.links.parent.as_ref().map(Link::peer),
+        };
+        let neighbours = || self.links.parent.iter().chain(self.links.children.iter().rev());
+        neighbours().filter(|n| Some(n.peer()) == source).try_for_each(|n| self.take(n, values, piece))?;
+        neighbours().filter(|n| Some(n.peer()) != source).try_for_each(|n| self.links.send(n, values))
+    }
+
+    /// Receives values in place of those that are there.
+    fn take(&self, link: &Link, values: &mut [u8], piece: &mut [u8]) -> Result<(), Fault> {
+        self.links.receive(link, values.len(), piece, |at, part| values[at..at + part.len()].copy_from_slice(part))
     }
 }
 
@@ -288,7 +336,7 @@ pub struct Tcp<B: Backend> {
     jobs: Sender<Job<B>>,
     leaving: Leaving,
     lost: Lost,
-    /// Memory of earlier sums, for those of the same size.
+    /// Memory of earlier collectives, for those of the same size.
     spare: Mutex<Vec<B::Host>>,
 }
 
@@ -297,7 +345,7 @@ type Lost = Arc<Mutex<Option<String>>>;
 
 /// What the communicating thread does.
 enum Job<B: Backend> {
-    Sum(B::Host, SyncSender<Result<B::Host>>),
+    Together(Collective, B::Host, SyncSender<Result<B::Host>>),
     Exchange(Vec<u8>, SyncSender<Result<Vec<Vec<u8>>>>),
     Leave(String, SyncSender<()>),
 }
@@ -361,10 +409,11 @@ fn serve<B: Backend>(tree: &Tree, jobs: &Receiver<Job<B>>, lost: &Lost) {
             Err(RecvTimeoutError::Disconnected) => return,
         };
         match job {
-            Job::Sum(mut values, answer) => {
+            Job::Together(what, mut values, answer) => {
                 let bytes = values.bytes().len();
-                let _sum = trace::span(Lane::Communication, format_args!("sum of {}", machine::size(bytes)));
-                let done = attempt(&mut |piece| tree.sum(values.bytes_mut(), piece));
+                let words = format_args!("{} of {}", what.name(), machine::size(bytes));
+                let _span = trace::span(Lane::Communication, words);
+                let done = attempt(&mut |piece| tree.perform(what, values.bytes_mut(), piece));
                 let _ = answer.send(done.map(|()| values));
             }
             Job::Exchange(mine, answer) => {
@@ -394,27 +443,36 @@ impl<B: Backend> Comm<B> for Tcp<B> {
         self.world
     }
 
-    fn begin_all_reduce(&self, backend: &B, stream: Stream, values: Mut<'_, B>) -> Result<Ticket<B>> {
-        assert_eq!(values.dtype(), DType::F64);
-        let bytes = values.len() * size_of::<f64>();
+    fn begin(&self, backend: &B, stream: Stream, what: Collective, values: Mut<'_, B>) -> Result<Ticket<B>> {
+        let (gives, gets) = match what {
+            Collective::Sum => (true, true),
+            Collective::SumTo(rank) => (true, rank == self.rank),
+            Collective::CopyFrom(rank) => (rank == self.rank, rank != self.rank),
+        };
+        assert!(values.dtype() == DType::F64 || matches!(what, Collective::CopyFrom(_)), "sums of {}", values.dtype());
+        let bytes = values.len() * values.dtype().size();
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         let mut host = match spare.iter().position(|host| host.bytes().len() == bytes) {
             Some(at) => spare.swap_remove(at),
             None => backend.host(bytes)?,
         };
         drop(spare);
-        backend.download(stream, values.as_ref(), &mut host, 0);
-        backend.synchronize(&backend.record(stream))?;
-        Ok(Ticket(Some(self.ask(|answer| Job::Sum(host, answer)))))
+        if gives {
+            backend.download(stream, values.as_ref(), &mut host, 0);
+            backend.synchronize(&backend.record(stream))?;
+        }
+        Ok(Ticket::Answer(self.ask(|answer| Job::Together(what, host, answer)), gets))
     }
 
-    fn finish_all_reduce(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()> {
-        let Some(answer) = ticket.0 else { return Ok(()) };
-        let waiting = trace::span(Lane::Host, "wait for a sum");
+    fn finish(&self, backend: &B, stream: Stream, ticket: Ticket<B>, values: Mut<'_, B>) -> Result<()> {
+        let Ticket::Answer(answer, gets) = ticket else { return Ok(()) };
+        let waiting = trace::span(Lane::Host, "wait for other ranks");
         let host = answer.recv().map_err(gone)??;
         drop(waiting);
-        backend.upload(stream, &host, 0..host.bytes().len(), values);
-        backend.synchronize(&backend.record(stream))?;
+        if gets {
+            backend.upload(stream, &host, 0..host.bytes().len(), values);
+            backend.synchronize(&backend.record(stream))?;
+        }
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(host);
         Ok(())
     }

@@ -40,24 +40,38 @@ fn values(rank: usize, count: usize) -> Vec<f64> {
     (0..count).map(|_| (random.uniform() - 0.5) * f64::powi(10.0, random.below(12) as i32 - 6)).collect()
 }
 
-/// Sums some tensors, all under way at once.
-fn sums<C: Comm<Cpu<f64>>>(comm: &C) -> Vec<u64> {
+/// What becomes of some tensors, all under way at once; each with its rank's values, as bits.
+fn together<C: Comm<Cpu<f64>>>(comm: &C, all: &[(usize, Collective)]) -> Vec<Vec<u64>> {
     let backend = Cpu::<f64>::new(1).unwrap();
-    let mut tensors: Vec<_> = [3, 40_000, 0, 1]
-        .iter()
-        .map(|&count| {
-            let bytes: Vec<u8> = values(comm.rank(), count).into_iter().flat_map(f64::to_le_bytes).collect();
-            Tensor::from_bytes(&backend, DType::F64, &bytes).unwrap()
-        })
-        .collect();
-    let begin = |tensor: &mut Tensor<_>| comm.begin_all_reduce(&backend, Stream::Communication, tensor.view_mut());
-    let tickets: Vec<_> = tensors.iter_mut().map(|tensor| begin(tensor).unwrap()).collect();
-    let mut found = Vec::new();
-    for (tensor, ticket) in tensors.iter_mut().zip(tickets) {
-        comm.finish_all_reduce(&backend, Stream::Communication, ticket, tensor.view_mut()).unwrap();
+    let fill = |&(count, _): &(usize, _)| {
+        let bytes: Vec<u8> = values(comm.rank(), count).into_iter().flat_map(f64::to_le_bytes).collect();
+        Tensor::from_bytes(&backend, DType::F64, &bytes).unwrap()
+    };
+    let mut tensors: Vec<_> = all.iter().map(fill).collect();
+    let begin = |(tensor, (_, what)): (&mut Tensor<_>, &(usize, Collective))| {
+        comm.begin(&backend, Stream::Communication, *what, tensor.view_mut()).unwrap()
+    };
+    let tickets: Vec<_> = tensors.iter_mut().zip(all).map(begin).collect();
+    let finish = |(tensor, ticket): (&mut Tensor<_>, _)| {
+        comm.finish(&backend, Stream::Communication, ticket, tensor.view_mut()).unwrap();
         let mut host = backend.host(tensor.len() * 8).unwrap();
         backend.download(Stream::Compute, tensor.view(), &mut host, 0);
-        found.extend(host.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)));
+        host.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
+    };
+    tensors.iter_mut().zip(tickets).map(finish).collect()
+}
+
+/// Sums tensors; what goes to one rank, or comes from one, is checked beside it.
+fn sums<C: Comm<Cpu<f64>>>(comm: &C) -> Vec<Vec<u64>> {
+    let found = together(comm, &[3, 40_000, 0, 1].map(|count| (count, Collective::Sum)));
+    let both =
+        |rank| [(3, Collective::SumTo(rank)), (40_000, Collective::CopyFrom(rank)), (1, Collective::SumTo(rank))];
+    let to_one: Vec<_> = (0..comm.world()).flat_map(both).collect();
+    for (rank, of_rank) in together(comm, &to_one).chunks(3).enumerate() {
+        let copied: Vec<_> = values(rank, 40_000).into_iter().map(f64::to_bits).collect();
+        assert!(of_rank[1] == copied, "rank {} copies from {rank}", comm.rank());
+        let summed = of_rank[0] == found[0] && of_rank[2] == found[3];
+        assert!(summed || rank != comm.rank(), "rank {rank} has another sum than all have together");
     }
     let all = comm.exchange(&vec![b'x'; comm.rank()]).unwrap();
     assert!(all.iter().enumerate().all(|(rank, said)| said.len() == rank) && all.len() == comm.world());

@@ -13,16 +13,17 @@ use crate::{
 kernels! { "optimizer":
     NAMED sgd(
         weights: Mut, master: Option<Mut>, first: Option<Mut>, moment_type: u32, gradients: Ref, gradient_type: u32,
-        chunks: Mut, scalars: Ref, pieces: Ref, rows: Ref, rounding: u64, momentum: f64, dampening: f64, nesterov: u32,
+        chunks: Mut, scalars: Ref, pieces: Ref, rows: Ref, rounding: u64, origin: u64, momentum: f64, dampening: f64,
+        nesterov: u32,
     );
     NAMED adam(
         weights: Mut, master: Option<Mut>, first: Mut, second: Mut, maximum: Option<Mut>, moment_type: u32,
         gradients: Ref, gradient_type: u32, chunks: Mut, scalars: Ref, pieces: Ref, rows: Ref, rounding: u64,
-        beta1: f64, beta2: f64, coupled: u32,
+        origin: u64, beta1: f64, beta2: f64, coupled: u32,
     );
     NAMED lion(
         weights: Mut, master: Option<Mut>, first: Mut, moment_type: u32, gradients: Ref, gradient_type: u32,
-        chunks: Mut, scalars: Ref, pieces: Ref, rows: Ref, rounding: u64, beta1: f64, beta2: f64,
+        chunks: Mut, scalars: Ref, pieces: Ref, rows: Ref, rounding: u64, origin: u64, beta1: f64, beta2: f64,
     );
     NAMED sum_chunks(partials: Mut, chunks: Ref, count: u32);
 }
@@ -59,8 +60,23 @@ impl Optimizer for Cuda {
                 assert!(first.is_some() || momentum == 0.0, "momentum without a moment");
                 let nesterov = u32::from(nesterov);
                 sgd(
-                    self, launch, weights, master, first, m, gradients, g, chunks, scalars, list, rows, rounding,
-                    momentum, dampening, nesterov,
+                    self,
+                    launch,
+                    weights,
+                    master,
+                    first,
+                    m,
+                    gradients,
+                    g,
+                    chunks,
+                    scalars,
+                    list,
+                    rows,
+                    rounding,
+                    pieces.origin,
+                    momentum,
+                    dampening,
+                    nesterov,
                 );
             }
             Method::Adam { beta1, beta2, coupled, amsgrad } => {
@@ -68,15 +84,46 @@ impl Optimizer for Cuda {
                 assert!(maximum.is_some() || !amsgrad, "amsgrad without a maximum");
                 let (maximum, coupled) = (maximum.filter(|_| amsgrad), u32::from(coupled));
                 adam(
-                    self, launch, weights, master, first, second, maximum, m, gradients, g, chunks, scalars, list,
-                    rows, rounding, beta1, beta2, coupled,
+                    self,
+                    launch,
+                    weights,
+                    master,
+                    first,
+                    second,
+                    maximum,
+                    m,
+                    gradients,
+                    g,
+                    chunks,
+                    scalars,
+                    list,
+                    rows,
+                    rounding,
+                    pieces.origin,
+                    beta1,
+                    beta2,
+                    coupled,
                 );
             }
             Method::Lion { beta1, beta2 } => {
                 let first = first.expect("Lion has a moment");
                 lion(
-                    self, launch, weights, master, first, m, gradients, g, chunks, scalars, list, rows, rounding,
-                    beta1, beta2,
+                    self,
+                    launch,
+                    weights,
+                    master,
+                    first,
+                    m,
+                    gradients,
+                    g,
+                    chunks,
+                    scalars,
+                    list,
+                    rows,
+                    rounding,
+                    pieces.origin,
+                    beta1,
+                    beta2,
                 );
             }
         }
