@@ -1,0 +1,140 @@
+//! Transfer by the commands that a user would type: the coordinate check and sweeps.
+
+mod command;
+
+use command::{Place, Said};
+use std::{fs, path::Path, process::Command};
+
+/// A base, and the upscale that is swept.
+const BASE: &str = "run = 'x'\nsteps = 6\n[data]\npath = 'data'\n[batch]\nsize = 2\n[validation]\nevery = 0\n\
+                    [model]\narch = 'gpt2'\nlayers = 1\nresidual = 8\nkv_heads = 1\ncontext = 16\n";
+const UP: &str =
+    "run = 'x'\nsteps = 12\n[data]\npath = 'data'\n[batch]\nsize = 2\n[validation]\nevery = 12\nbatches = 2\n";
+const SWEEP: &str = "run = 's'\nconfig = 'up.toml'\n[base]\nconfig = 'base.toml'\n[axes]\nwidth = [8, 16]\n\
+                     multiplicity = [2]\nnoise = [0.1]\n'optimizer.lr' = [1e-3, 1e30]\nseed = [1]\n";
+
+fn write(place: &Place, name: &str, text: &str) {
+    fs::write(place.path().join(name), text).unwrap();
+}
+
+fn swept(place: &Place) -> Said {
+    ["base.toml", "up.toml", "sweep.toml"]
+        .iter()
+        .zip([BASE, UP, SWEEP])
+        .for_each(|(name, text)| write(place, name, text));
+    place.run("sweep -c sweep.toml --json")
+}
+
+#[test]
+fn mup_passes_the_coordinate_check_and_standard_parametrisation_fails() {
+    let place = Place::new();
+    write(&place, "check.toml", &BASE.replace("residual = 8", "residual = 16"));
+    let check =
+        |more: &str| place.run(&format!("coord-check -c check.toml --widths 16,32,64,128 --lr 1e-3 --json {more}"));
+    for more in ["", "--widen 2 --set model.arch=llama", "--set optimizer.kind=sgd --set optimizer.lr=0.1"] {
+        let passed = check(more);
+        assert_eq!(passed.code, 0, "{more}: {}{}", passed.out, passed.err);
+        assert_eq!(passed.json()["verdict"], "passes");
+    }
+    let failed = check("--parametrization standard -o picture.svg");
+    assert_eq!(failed.code, 1);
+    assert_eq!(failed.json()["verdict"], "grows");
+    assert!(failed.err.contains("standard parametrisation"), "{}", failed.err);
+    assert!(fs::read_to_string(place.path().join("picture.svg")).unwrap().contains("<svg"));
+    // Where nothing is learnt nothing can be seen to grow.
+    let nothing = check("--set optimizer.lr=0.0 --lr 0.0");
+    assert_eq!((nothing.code, nothing.json()["verdict"].clone()), (1, "cannot-tell".into()));
+    let refused = place.run("coord-check -c check.toml --widths 16,24,33");
+    assert_eq!(refused.code, 2);
+    assert!(refused.err.contains("33"), "{}", refused.err);
+}
+
+#[test]
+fn a_sweep_shares_bases_keeps_what_diverged_and_goes_on() {
+    let place = Place::new();
+    let first = swept(&place);
+    assert_eq!(first.code, 0, "{}", first.err);
+    let outcomes = first.json();
+    let status = |run: usize| outcomes[run]["status"].as_str().unwrap().to_string();
+    assert_eq!((0..4).map(status).collect::<Vec<_>>(), ["done", "done", "diverged", "diverged"]);
+    assert_eq!(fs::read_dir(place.path().join("s/bases")).unwrap().count(), 2);
+    // The run that the sweep names is the one that train makes of its configuration.
+    let name = outcomes[0]["name"].as_str().unwrap();
+    let config = fs::read_to_string(place.path().join(format!("s/configs/{name}.toml"))).unwrap();
+    write(&place, "again.toml", &config.replace("s/runs/", "again/"));
+    let again = place.run("train -c again.toml --json");
+    assert_eq!(again.json()["validation_loss"], outcomes[0]["validation_loss"], "{}", again.err);
+    // Started again it finds all of it done; a damaged outcome, result file or lost run is made anew, to the same bits.
+    fs::write(place.path().join(format!("s/runs/{name}/outcome.json")), "{").unwrap();
+    fs::write(place.path().join("s/results.sqlite"), "no database").unwrap();
+    fs::remove_dir_all(place.path().join("s/runs").join(outcomes[1]["name"].as_str().unwrap())).unwrap();
+    let second = place.run("sweep -c sweep.toml --json");
+    assert!(second.err.contains("2 of 4 runs have ended before"), "{}", second.err);
+    let losses = |said: &Said| -> Vec<_> {
+        said.json().as_array().unwrap().iter().map(|o| o["validation_loss"].clone()).collect()
+    };
+    assert_eq!(losses(&second), losses(&first));
+    assert_eq!(rows(&place.path().join("s/results.sqlite")), 4);
+}
+
+fn rows(database: &Path) -> i64 {
+    let connection = rusqlite::Connection::open(database).unwrap();
+    connection
+        .query_row("SELECT count(*) FROM runs JOIN axes USING (name) WHERE key = 'width'", [], |row| row.get(0))
+        .unwrap()
+}
+
+#[test]
+fn halving_trains_the_best_longer_and_shards_share_a_grid() {
+    let place = Place::new();
+    for (name, text) in [("base.toml", BASE), ("up.toml", UP)] {
+        write(&place, name, text);
+    }
+    write(
+        &place,
+        "halving.toml",
+        &(SWEEP.replace("run = 's'", "run = 'h'") + "[search]\nkind = 'halving'\nsteps = 4\neta = 3\n"),
+    );
+    let said = place.run("sweep -c halving.toml --json");
+    assert_eq!(said.code, 0, "{}", said.err);
+    let outcomes = said.json();
+    // Four runs of 4 steps, the better two of 12.
+    assert_eq!(outcomes.as_array().unwrap().len(), 2, "{outcomes}");
+    assert!(outcomes.as_array().unwrap().iter().all(|o| o["steps"] == 12 && o["status"] == "done"), "{outcomes}");
+    write(&place, "sweep.toml", SWEEP);
+    let shards = [0, 1].map(|i| place.run(&format!("sweep -c sweep.toml --shard {i}/2 --json")));
+    assert!(shards.iter().all(|said| said.code == 0 && said.json().as_array().unwrap().len() == 2));
+    assert_eq!(rows(&place.path().join("s/results.sqlite")), 4);
+}
+
+#[test]
+fn a_killed_worker_is_started_again_and_a_stopped_sweep_goes_on() {
+    let place = Place::new();
+    for (name, text) in [
+        ("base.toml", BASE.to_string()),
+        ("up.toml", UP.replace("steps = 12", "steps = 400\n[checkpoint]\nevery = 20")),
+    ] {
+        write(&place, name, &text);
+    }
+    write(&place, "sweep.toml", &SWEEP.replace("1e-3, 1e30", "1e-3").replace("width = [8, 16]", "width = [8]"));
+    let mut sweep = Command::new(env!("CARGO_BIN_EXE_mupscale"));
+    let child = sweep.args(["sweep", "-c", "sweep.toml", "--json"]).current_dir(place.path());
+    let child = child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    // Its training process, once it has saved.
+    let runs = place.path().join("s/runs");
+    let saved = || {
+        fs::read_dir(&runs).into_iter().flatten().flatten().any(|run| {
+            fs::read_dir(run.path().join("checkpoints"))
+                .is_ok_and(|mut all| all.any(|e| e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("step-"))))
+        })
+    };
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !saved() && std::time::Instant::now() < until {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let killed = Command::new("pkill").args(["-KILL", "-P", &child.id().to_string()]).status();
+    let said = Said::new(child.wait_with_output().unwrap());
+    assert!(killed.is_ok_and(|status| status.success()), "the run ended before it could be killed: {}", said.err);
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert_eq!((said.json()[0]["status"].clone(), said.json()[0]["steps"].clone()), ("done".into(), 400.into()));
+}
