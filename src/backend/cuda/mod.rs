@@ -24,10 +24,12 @@ pub mod library;
 pub mod module;
 pub mod nccl;
 pub mod nvrtc;
+mod options;
 mod tuning;
 
 pub use driver::{Event, Properties};
 pub use graph::Graph;
+pub use options::Options;
 pub(crate) use {
     epilogue::Epilogue,
     gemm::Matrix,
@@ -53,25 +55,6 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
 };
-
-/// How a GPU is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Number among the visible GPUs.
-    pub ordinal: u32,
-    /// Type of activations and working weights: f32 or bf16.
-    pub compute: DType,
-    /// Type of the gradients of parameters: f32, or bf16 where `compute` is.
-    pub gradient: DType,
-    /// Type of moments: f32, or bf16, rounded stochastically.
-    pub moment: DType,
-    /// Launch every kernel by itself instead of replaying recorded steps.
-    pub eager: bool,
-    /// Measure the algorithms of matrix products instead of taking the library's word.
-    pub autotune: bool,
-    /// Apply GELU and sum the gradients of biases in kernels of our own instead of in matrix products.
-    pub unfused: bool,
-}
 
 /// A GPU.
 pub struct Cuda {
