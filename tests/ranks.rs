@@ -244,8 +244,10 @@ fn a_trace_shows_sums_beside_backward() {
         let mut backward = named("compute", "backward");
         backward.retain(|span| span.0 == "backward");
         let sums = named("communication", "sum of");
-        // Three steps of four micro-batches; a sum for each of six groups, and for the losses.
-        assert_eq!((backward.len(), sums.len()), (3 * 4, 3 * 7), "rank {rank}");
+        // Three steps of four micro-batches; a sum for each of six groups, one of which has two owners, for the losses and
+        // for two norms; and the weights of each part, sent to the other rank.
+        assert_eq!((backward.len(), sums.len()), (3 * 4, 3 * (7 + 3)), "rank {rank}");
+        assert_eq!(named("communication", "copy of").len(), 3 * 7, "rank {rank}");
         assert_eq!(named("compute", "update").len(), 3);
         assert!(!named("copy", "batch").is_empty() && !named("saving", "checkpoint").is_empty());
         let last = backward.chunks(4).map(|step| (step[0].1, step[3].1, step[3].2));

@@ -188,8 +188,10 @@ fn a_trace_shows_what_gpus_do() {
         // Updates are recorded by then; micro-batches with sums over ranks never are.
         assert!(count(rank, "compute", "recorded work") >= 2, "rank {rank}");
         assert!(count(rank, "compute", "backward of block 0") >= 2 && count(rank, "copy", "batch") >= 4);
-        // A sum for each of three groups and for the losses; validation is after the fourth step.
-        assert_eq!(count(rank, "communication", "sum of"), 2 * 4 + 1);
+        // A sum for each of three groups, one of which has two owners, for the losses and for two norms; validation is
+        // after the fourth step, and gathers weights as the beginning of that step did.
+        assert_eq!(count(rank, "communication", "sum of"), 2 * (4 + 3) + 1);
+        assert_eq!(count(rank, "communication", "copy of"), 2 * 4);
     }
 }
 
