@@ -28,7 +28,7 @@ fn swept(place: &Place) -> Said {
 #[test]
 fn mup_passes_the_coordinate_check_and_standard_parametrisation_fails() {
     let place = Place::new();
-    write(&place, "check.toml", &BASE.replace("residual = 8", "residual = 16"));
+    write(&place, "check.toml", &BASE.replace("residual = 8\nkv_heads = 1", "residual = 16\nkv_heads = 2"));
     let check =
         |more: &str| place.run(&format!("coord-check -c check.toml --widths 16,32,64,128 --lr 1e-3 --json {more}"));
     for more in ["", "--widen 2 --set model.arch=llama", "--set optimizer.kind=sgd --set optimizer.lr=0.1"] {

@@ -54,10 +54,11 @@ pub struct BaseConfig {
 }
 
 /// `[search]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Search {
     /// All combinations.
+    #[default]
     Grid,
     /// Combinations drawn at random; a range is drawn from evenly (in its logarithm for `log`).
     Random {
@@ -86,12 +87,6 @@ pub enum Search {
 
 fn three() -> u64 {
     3
-}
-
-impl Default for Search {
-    fn default() -> Self {
-        Self::Grid
-    }
 }
 
 /// Values of an axis.

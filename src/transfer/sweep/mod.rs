@@ -176,7 +176,7 @@ fn train_bases(
     let mut trained = 0;
     pool.run(jobs, &mut |name, code, message| {
         trained += 1;
-        if code == Some(0) && Store::new(&points::bases(&sweep.run).join(name)).newest()?.is_some() {
+        if code == Some(0) && Store::new(points::bases(&sweep.run).join(name)).newest()?.is_some() {
             (runner.say)(&format!("base {trained} of {count}: {name}"));
         } else {
             (runner.say)(&format!("base {trained} of {count}: {name} failed: {message}"));

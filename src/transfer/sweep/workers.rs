@@ -43,13 +43,16 @@ pub struct Pool<'a> {
 /// How a process ended: its job's name, its exit code (none: a signal killed it), what it said on standard error.
 type End = Result<(String, Option<i32>, String)>;
 
+/// Told of a job's end: its name, its exit code (none: a signal killed it), its last line on standard error.
+pub type Ended<'a> = dyn FnMut(&str, Option<i32>, &str) -> Result<()> + 'a;
+
 impl Pool<'_> {
     /// Runs all jobs; `ended` is told of each, in the order in which they end.
     ///
     /// # Errors
     /// After SIGINT, SIGTERM or SIGUSR1, when all processes have saved and ended: [`Error::Elsewhere`] with 75. Those of
     /// `ended`; a program that cannot be started.
-    pub fn run(&self, jobs: Vec<Job>, ended: &mut dyn FnMut(&str, Option<i32>, &str) -> Result<()>) -> Result<()> {
+    pub fn run(&self, jobs: Vec<Job>, ended: &mut Ended<'_>) -> Result<()> {
         let stop = machine::stop_flag()?;
         let (queue, quit) = (Mutex::new(VecDeque::from(jobs)), AtomicBool::new(false));
         let stopping = || stop.load(Ordering::Relaxed) || quit.load(Ordering::Relaxed);
