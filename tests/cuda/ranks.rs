@@ -16,7 +16,7 @@ use std::{
 fn train(run: &str, more: &str) -> String {
     format!(
         "train -c run.toml --set run={run} --set device=cuda --set precision=f32 --set batch.micro_batches=4 \
-         --set validation.every=2 --set checkpoint.keep_last=0 --set comm.timeout=60 {more}"
+         --set validation.every=2 --set checkpoint.keep_last=0 --set comm.timeout=300 {more}"
     )
 }
 
@@ -124,7 +124,7 @@ fn a_killed_rank_ends_all_others_which_name_it() {
 #[test]
 fn a_rank_that_hangs_is_not_waited_for_for_ever() {
     let place = Place::new();
-    let line = train("r", "--set steps=1000000 --set checkpoint.every=0").replace("timeout=60", "timeout=2");
+    let line = train("r", "--set steps=1000000 --set checkpoint.every=0").replace("timeout=300", "timeout=2");
     let mut ranks = start(&place, &line, 2, 2, &[]);
     wait_for_a_step(&place, "r");
     let pid = ranks[1].id().to_string();
