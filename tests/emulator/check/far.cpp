@@ -284,9 +284,13 @@ FAR_PLAIN(expand) {
     std::vector<u32> columns_map(columns);
     for (u32 c = 0; c < columns; c++) columns_map[c] = c;
     map.at<u32>(rows - 1) = u32(rows - 1), map.at<u32>(rows - 2) = u32(rows - 2);
-    run.last(1, blocks(n, 4096), 256, 0,
-             {target, 1u, u64(0), n, values, 1u, columns, map, columns_map, columns, 1.0, 1u, 1.0, u64(1), u64(2),
-              given, u64(0)});
+    Far& rows_scale = run.input(rows, 8);
+    std::vector<double> columns_scale(columns, 1.0);
+    for (bool scaled : {false, true})
+        run.last(1, blocks(n, 4096), 256, 0,
+                 {target, 1u, u64(0), n, values, 1u, columns, map, columns_map, columns, 1.0,
+                  scaled ? Argument(rows_scale) : Argument(nullptr), scaled ? Argument(columns_scale) : Argument(nullptr),
+                  1u, 1.0, u64(1), u64(2), given, u64(0)});
 }
 FAR_PLAIN(fill) {
     Far& target = run.output(MANY, 4);
@@ -340,7 +344,7 @@ FAR(sgd) {
     Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY);
     Far& gradients = run.input(MANY);
     run.last(8, 8, 256, 0,
-             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5),
+             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5), u64(7),
               0.9, 0.0, 0u});
 }
 FAR(adam) {
@@ -349,14 +353,14 @@ FAR(adam) {
     Far &second = run.output(MANY), &maximum = run.output(MANY), &gradients = run.input(MANY);
     run.last(8, 8, 256, 0,
              {weights, master, first, second, maximum, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces,
-              u.rows, u64(5), 0.9, 0.95, 0u});
+              u.rows, u64(5), u64(7), 0.9, 0.95, 0u});
 }
 FAR(lion) {
     Update u;
     Far &weights = run.output(MANY), &master = run.output(MANY, 4), &first = run.output(MANY);
     Far& gradients = run.input(MANY);
     run.last(8, 8, 256, 0,
-             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5),
+             {weights, master, first, run.type(), gradients, run.type(), u.chunks, u.scalars, u.pieces, u.rows, u64(5), u64(7),
               0.9, 0.95});
 }
 FAR(sum_chunks) {
