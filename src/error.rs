@@ -109,6 +109,9 @@ fn remedy(error: &io::Error) -> &'static str {
     if is_full(error) { ": the disk is full; make room, or choose another place" } else { "" }
 }
 
+/// Exit code for a device that failed while it worked, or another rank.
+pub const FAULT: u8 = 3;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -144,7 +147,7 @@ impl Error {
             Self::Io { .. } => 1,
             Self::Device(_) => 2,
             Self::Failed(_) => 1,
-            Self::Fault(_) => 3,
+            Self::Fault(_) => FAULT,
             Self::NonFinite { .. } => 4,
             Self::Interrupted { .. } => 75,
             Self::Elsewhere { code } => *code,

@@ -29,8 +29,7 @@ fn swept(place: &Place) -> Said {
 fn mup_passes_the_coordinate_check_and_standard_parametrisation_fails() {
     let place = Place::new();
     write(&place, "check.toml", &BASE.replace("residual = 8\nkv_heads = 1", "residual = 16\nkv_heads = 2"));
-    let check =
-        |more: &str| place.run(&format!("coord-check -c check.toml --widths 16,32,64,128 --lr 1e-3 --json {more}"));
+    let check = |more: &str| place.run(&format!("coord-check -c check.toml --widths 16,32,64,128 --json {more}"));
     for more in ["", "--widen 2 --set model.arch=llama", "--set optimizer.kind=sgd --set optimizer.lr=0.1"] {
         let passed = check(more);
         assert_eq!(passed.code, 0, "{more}: {}{}", passed.out, passed.err);
@@ -42,7 +41,7 @@ fn mup_passes_the_coordinate_check_and_standard_parametrisation_fails() {
     assert!(failed.err.contains("standard parametrisation"), "{}", failed.err);
     assert!(fs::read_to_string(place.path().join("picture.svg")).unwrap().contains("<svg"));
     // Where nothing is learnt nothing can be seen to grow.
-    let nothing = check("--set optimizer.lr=0.0 --lr 0.0");
+    let nothing = check("--lr 0.0");
     assert_eq!((nothing.code, nothing.json()["verdict"].clone()), (1, "cannot-tell".into()));
     let refused = place.run("coord-check -c check.toml --widths 16,24,33");
     assert_eq!(refused.code, 2);
@@ -54,7 +53,7 @@ fn a_sweep_shares_bases_keeps_what_diverged_and_goes_on() {
     let place = Place::new();
     let first = swept(&place);
     assert_eq!(first.code, 0, "{}", first.err);
-    let outcomes = first.json();
+    let outcomes = first.json()["outcomes"].clone();
     let status = |run: usize| outcomes[run]["status"].as_str().unwrap().to_string();
     assert_eq!((0..4).map(status).collect::<Vec<_>>(), ["done", "done", "diverged", "diverged"]);
     assert_eq!(fs::read_dir(place.path().join("s/bases")).unwrap().count(), 2);
@@ -71,7 +70,7 @@ fn a_sweep_shares_bases_keeps_what_diverged_and_goes_on() {
     let second = place.run("sweep -c sweep.toml --json");
     assert!(second.err.contains("2 of 4 runs have ended before"), "{}", second.err);
     let losses = |said: &Said| -> Vec<_> {
-        said.json().as_array().unwrap().iter().map(|o| o["validation_loss"].clone()).collect()
+        said.json()["outcomes"].as_array().unwrap().iter().map(|o| o["validation_loss"].clone()).collect()
     };
     assert_eq!(losses(&second), losses(&first));
     assert_eq!(rows(&place.path().join("s/results.sqlite")), 4);
@@ -97,13 +96,13 @@ fn halving_trains_the_best_longer_and_shards_share_a_grid() {
     );
     let said = place.run("sweep -c halving.toml --json");
     assert_eq!(said.code, 0, "{}", said.err);
-    let outcomes = said.json();
+    let outcomes = said.json()["outcomes"].clone();
     // Four runs of 4 steps, the better two of 12.
     assert_eq!(outcomes.as_array().unwrap().len(), 2, "{outcomes}");
     assert!(outcomes.as_array().unwrap().iter().all(|o| o["steps"] == 12 && o["status"] == "done"), "{outcomes}");
     write(&place, "sweep.toml", SWEEP);
     let shards = [0, 1].map(|i| place.run(&format!("sweep -c sweep.toml --shard {i}/2 --json")));
-    assert!(shards.iter().all(|said| said.code == 0 && said.json().as_array().unwrap().len() == 2));
+    assert!(shards.iter().all(|said| said.code == 0 && said.json()["outcomes"].as_array().unwrap().len() == 2));
     assert_eq!(rows(&place.path().join("s/results.sqlite")), 4);
 }
 
@@ -136,5 +135,8 @@ fn a_killed_worker_is_started_again_and_a_stopped_sweep_goes_on() {
     let said = Said::new(child.wait_with_output().unwrap());
     assert!(killed.is_ok_and(|status| status.success()), "the run ended before it could be killed: {}", said.err);
     assert_eq!(said.code, 0, "{}", said.err);
-    assert_eq!((said.json()[0]["status"].clone(), said.json()[0]["steps"].clone()), ("done".into(), 400.into()));
+    assert_eq!(
+        (said.json()["outcomes"][0]["status"].clone(), said.json()["outcomes"][0]["steps"].clone()),
+        ("done".into(), 400.into())
+    );
 }

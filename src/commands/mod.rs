@@ -29,6 +29,7 @@ mod widen_tensors;
 use crate::{
     DType, Error, Result,
     config::{Device, Precision},
+    error::FAULT,
     report::progress::Show,
     run::Place,
 };
@@ -112,13 +113,22 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // As if by SIGPIPE: who closed the pipe has seen enough.
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(141),
-        Err(Error::Elsewhere { code }) => ExitCode::from(code),
+        Err(Error::Elsewhere { code }) => end(code),
         Err(error) => {
             // Where nobody reads the message the code still tells.
             let _ = writeln!(io::stderr(), "error: {error}");
-            ExitCode::from(error.exit_code())
+            end(error.exit_code())
         }
     }
+}
+
+/// The exit code; at once after a fault, since the libraries of a device that failed, or that still waits for a lost rank,
+/// may hang or crash in what they do when a process ends.
+fn end(code: u8) -> ExitCode {
+    if code == FAULT {
+        signal_hook::low_level::exit(i32::from(code));
+    }
+    ExitCode::from(code)
 }
 
 /// Shows warnings on standard error; `MUPSCALE_LOG=debug` shows more.

@@ -7,6 +7,7 @@ use crate::{
     transfer::sweep::{
         Runner, Shard,
         config::SweepConfig,
+        optima::{Found, optima},
         results::{Outcome, Status},
         run as run_sweep,
     },
@@ -39,11 +40,19 @@ pub fn run(args: Args) -> Result<()> {
     // Progress that nobody reads is no reason to end.
     let say = &mut |line: &str| drop(writeln!(io::stderr(), "{line}"));
     let outcomes = run_sweep(&sweep, args.shard, &mut Runner { program, say })?;
-    if args.json { print_json(&outcomes) } else { show(&outcomes) }
+    let report = Report { optima: optima(&outcomes), outcomes };
+    if args.json { print_json(&report) } else { show(&report) }
+}
+
+/// What is printed as JSON.
+#[derive(serde::Serialize)]
+struct Report {
+    outcomes: Vec<Outcome>,
+    optima: Vec<Found>,
 }
 
 /// The best first, then those that diverged or failed.
-fn show(outcomes: &[Outcome]) -> Result<()> {
+fn show(Report { outcomes, optima }: &Report) -> Result<()> {
     let mut sorted: Vec<&Outcome> = outcomes.iter().collect();
     sorted.sort_by(|a, b| {
         let key = |o: &Outcome| o.score().unwrap_or(f64::INFINITY);
@@ -60,6 +69,9 @@ fn show(outcomes: &[Outcome]) -> Result<()> {
         table.row([outcome.name.clone(), loss, training, human::number(outcome.seconds)]);
     }
     super::print(table)?;
+    if !optima.is_empty() {
+        show_optima(optima)?;
+    }
     let count = |status| outcomes.iter().filter(|o| o.status == status).count();
     let (done, diverged, failed) = (count(Status::Done), count(Status::Diverged), count(Status::Failed));
     let rest = outcomes.len().saturating_sub(SHOWN);
@@ -69,4 +81,24 @@ fn show(outcomes: &[Outcome]) -> Result<()> {
         0 => Ok(()),
         _ => Err(Error::Failed(format!("{failed} runs failed: the same command tries them again"))),
     }
+}
+
+/// Where the loss is least along each axis, and what is uncertain about it.
+fn show_optima(optima: &[Found]) -> Result<()> {
+    let mut table = Table::new(["axis", "at", "best value", "90 % of seeds", "loss", ""]);
+    for Found { axis, at, optimum } in optima {
+        let at: Vec<_> = at.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let Some(optimum) = optimum else {
+            table.row([axis.clone(), at.join(","), "none".into(), String::new(), "diverged".into()]);
+            continue;
+        };
+        let range = |[low, high]: [f64; 2]| format!("{} to {}", human::number(low), human::number(high));
+        let edge =
+            optimum.edge.as_ref().map_or(String::new(), |edge| format!("at the edge: try {}", range(edge.try_next)));
+        let interval = optimum.interval.map_or("one seed".into(), range);
+        let (x, loss) = (human::number(optimum.x), format!("{:.4}", optimum.loss));
+        table.row([axis.clone(), at.join(","), x, interval, loss, edge]);
+    }
+    say!("\nOptima: a parabola in the logarithm near the best value, and a bootstrap over seeds")?;
+    super::print(table)
 }

@@ -58,13 +58,15 @@ pub fn optimum(runs: &[Measured]) -> Option<Optimum> {
     let best = curve.iter().min_by(|a, b| a.1.total_cmp(&b.1))?.0;
     let interval = (seeds.len() > 1).then(|| {
         let stream = rng::Stream::new(0, "bootstrap");
-        let mut draws: Vec<f64> = (0..DRAWS).filter_map(|draw| {
-            let mut parts = vec![0.0; seeds.len()];
-            stream.uniform_fill((draw * seeds.len()) as u64, &mut parts);
-            let pick = |part: &f32| seeds[((*part as f64) * seeds.len() as f64) as usize % seeds.len()];
-            let drawn: Vec<i64> = parts.iter().map(pick).collect();
-            vertex(&self::curve(runs, &drawn)).map(|(x, _)| x)
-        }).collect();
+        let mut draws: Vec<f64> = (0..DRAWS)
+            .filter_map(|draw| {
+                let mut parts = vec![0.0; seeds.len()];
+                stream.uniform_fill((draw * seeds.len()) as u64, &mut parts);
+                let pick = |part: &f32| seeds[((*part as f64) * seeds.len() as f64) as usize % seeds.len()];
+                let drawn: Vec<i64> = parts.iter().map(pick).collect();
+                vertex(&self::curve(runs, &drawn)).map(|(x, _)| x)
+            })
+            .collect();
         draws.sort_by(f64::total_cmp);
         let at = |part: f64| draws[((draws.len() - 1) as f64 * part).round() as usize];
         if draws.is_empty() { [x, x] } else { [at(0.05), at(0.95)] }

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | [`widths`] | one configuration at many widths |
 //! | [`coordinates`] | the coordinate check: do changes of activations grow with width? |
+//! | [`fit`] | the optimum of a swept axis, and how sure it is |
 //! | [`growth`] | growth operators side by side |
 //! | [`plan`] | what a training will take, before it is begun |
 //! | [`sweep`] | many runs over axes of hyperparameters, packed on what there is, resumable |
 
 pub mod coordinates;
+pub mod fit;
 pub mod growth;
 pub mod plan;
 pub mod sweep;

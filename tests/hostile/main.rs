@@ -91,7 +91,7 @@ fn widenings_are_refused_by_axis() {
     let upscale = |line: &str, parts: &[&str]| place.refuses(&format!("upscale {line}"), parts);
     upscale("base --out w --width 0", &["width = 0", "1 or more"]);
     upscale("base --out w --ffn 0", &["ffn = 0", "1 or more"]);
-    upscale("base --out w", &["nothing to widen", "--width 2"]);
+    upscale("base --out w", &["nothing to grow", "--width 2"]);
     upscale("base --out w --hidden 2", &["hidden_1 = 2", "no such width", "residual, ffn, kv_heads"]);
     upscale("classes --out w --head-dim 2", &["head_dim = 2", "no such width", "hidden_1, hidden_2"]);
     upscale("classes --out w --residual 2", &["residual = 2", "no such width"]);

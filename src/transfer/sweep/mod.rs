@@ -12,6 +12,7 @@
 //! that is started again goes on with what has not ended.
 
 pub mod config;
+pub mod optima;
 pub mod points;
 pub mod results;
 mod workers;
