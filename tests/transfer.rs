@@ -101,7 +101,9 @@ fn halving_trains_the_best_longer_and_shards_share_a_grid() {
     assert_eq!(outcomes.as_array().unwrap().len(), 2, "{outcomes}");
     assert!(outcomes.as_array().unwrap().iter().all(|o| o["steps"] == 12 && o["status"] == "done"), "{outcomes}");
     write(&place, "sweep.toml", SWEEP);
-    let shards = [0, 1].map(|i| place.run(&format!("sweep -c sweep.toml --shard {i}/2 --json")));
+    // At the same time: both need both bases.
+    let shards = [0, 1].map(|i| place.command(&format!("sweep -c sweep.toml --shard {i}/2 --json")).spawn().unwrap());
+    let shards = shards.map(|shard| Said::new(shard.wait_with_output().unwrap()));
     assert!(shards.iter().all(|said| said.code == 0 && said.json()["outcomes"].as_array().unwrap().len() == 2));
     assert_eq!(rows(&place.path().join("s/results.sqlite")), 4);
 }

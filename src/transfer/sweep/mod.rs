@@ -68,7 +68,7 @@ pub fn run(sweep: &SweepConfig, shard: Option<Shard>, runner: &mut Runner<'_>) -
         return Err(Error::config("--shard", "with search.kind = \"halving\"", why));
     }
     fs::create_dir_all(&sweep.run).map_err(Error::io("create", &sweep.run))?;
-    let lock = lock(&sweep.run, shard)?;
+    let _lock = lock(&sweep.run, shard)?;
     let text = toml::to_string_pretty(sweep).map_err(|e| Error::Usage(format!("no TOML: {e}")))?;
     write(&sweep.run.join("sweep.toml"), &text)?;
     let mut combinations = sweep.combinations();
@@ -84,7 +84,7 @@ pub fn run(sweep: &SweepConfig, shard: Option<Shard>, runner: &mut Runner<'_>) -
         if rungs.len() > 1 {
             (runner.say)(&format!("rung {} of {}: {} runs of {rung} steps", i + 1, rungs.len(), plan.points.len()));
         }
-        outcomes = run_plan(sweep, plan, shard, &lock, runner)?;
+        outcomes = run_plan(sweep, plan, shard, runner)?;
         if let Search::Halving { eta, .. } = sweep.search {
             combinations = best(&outcomes, outcomes.len().div_ceil(eta as usize));
         }
@@ -101,7 +101,7 @@ fn best(outcomes: &[Outcome], count: usize) -> Vec<Values> {
     scored.into_iter().take(count.max(1)).map(|(_, outcome)| outcome.values.clone()).collect()
 }
 
-/// Holds the sweep's folder for this process and for the runs that it starts, which inherit the file.
+/// Holds the sweep's folder, or a shard's part of it, for this process.
 fn lock(folder: &Path, shard: Option<Shard>) -> Result<File> {
     let name = shard.map_or("lock".into(), |s| format!("lock-{}-of-{}", s.index, s.of));
     let path = folder.join(name);
@@ -109,7 +109,7 @@ fn lock(folder: &Path, shard: Option<Shard>) -> Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
-            let why = "another sweep, or a run that one started, is still at work here: wait for it, or end it";
+            let why = "another sweep is still at work here: wait for it, or end it";
             Err(Error::file(folder, why))
         }
         Err(TryLockError::Error(e)) => Err(Error::io("lock", &path)(e)),
@@ -123,13 +123,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(Error::io("write", path))
 }
 
-fn run_plan(
-    sweep: &SweepConfig,
-    plan: Plan,
-    shard: Option<Shard>,
-    lock: &File,
-    runner: &mut Runner<'_>,
-) -> Result<Vec<Outcome>> {
+fn run_plan(sweep: &SweepConfig, plan: Plan, shard: Option<Shard>, runner: &mut Runner<'_>) -> Result<Vec<Outcome>> {
     let mine = |(i, point): (usize, Point)| shard.is_none_or(|s| i % s.of == s.index).then_some(point);
     let points: Vec<Point> = plan.points.into_iter().enumerate().filter_map(mine).collect();
     let ended = |point: &Point| Outcome::read(&sweep.run, &point.name).filter(|o| o.status != Status::Failed);
@@ -137,7 +131,7 @@ fn run_plan(
     if !done.is_empty() {
         (runner.say)(&format!("{} of {} runs have ended before", done.len(), points.len()));
     }
-    let pool = Pool { program: runner.program.clone(), lock, workers: workers(sweep, &points)? };
+    let pool = Pool { program: runner.program.clone(), workers: workers(sweep, &points)? };
     let broken = train_bases(sweep, &plan.bases, &todo, &pool, runner)?;
     train_points(sweep, &todo, &broken, &pool, runner)?;
     Ok(points.iter().filter_map(|point| Outcome::read(&sweep.run, &point.name)).collect())
@@ -162,7 +156,7 @@ fn train_bases(
     sweep: &SweepConfig,
     all: &BTreeMap<String, Base>,
     todo: &[&Point],
-    pool: &Pool<'_>,
+    pool: &Pool,
     runner: &mut Runner<'_>,
 ) -> Result<BTreeMap<String, String>> {
     let needed: BTreeSet<&String> = todo.iter().filter_map(|point| point.base.as_ref()).collect();
@@ -192,7 +186,7 @@ fn train_points(
     sweep: &SweepConfig,
     todo: &[&Point],
     broken: &BTreeMap<String, String>,
-    pool: &Pool<'_>,
+    pool: &Pool,
     runner: &mut Runner<'_>,
 ) -> Result<()> {
     let mut jobs = Vec::new();

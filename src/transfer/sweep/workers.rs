@@ -3,7 +3,7 @@
 use crate::{Error, Result, machine};
 use std::{
     collections::VecDeque,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
@@ -31,11 +31,9 @@ pub struct Job {
 }
 
 /// Where processes run.
-pub struct Pool<'a> {
+pub struct Pool {
     /// The program that trains.
     pub program: PathBuf,
-    /// The sweep's lock, which processes hold too.
-    pub lock: &'a File,
     /// One for each process at a time: its GPU, or none.
     pub workers: Vec<Option<u32>>,
 }
@@ -46,7 +44,7 @@ type End = Result<(String, Option<i32>, String)>;
 /// Told of a job's end: its name, its exit code (none: a signal killed it), its last line on standard error.
 pub type Ended<'a> = dyn FnMut(&str, Option<i32>, &str) -> Result<()> + 'a;
 
-impl Pool<'_> {
+impl Pool {
     /// Runs all jobs; `ended` is told of each, in the order in which they end.
     ///
     /// # Errors
@@ -85,9 +83,19 @@ impl Pool<'_> {
     /// Trains one run; None if it was told to stop.
     fn train(&self, job: &Job, gpu: Option<u32>, stopping: &dyn Fn() -> bool) -> Result<Option<(Option<i32>, String)>> {
         fs::create_dir_all(&job.folder).map_err(Error::io("create", &job.folder))?;
-        let log = job.config.with_extension("log");
+        let (log, path) = (job.config.with_extension("log"), job.config.with_extension("lock"));
+        let lock = File::create(&path).map_err(Error::io("create", &path))?;
+        // Another shard may train the same base, or a process outlive a sweep that was killed.
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
+                Err(TryLockError::WouldBlock) if stopping() => return Ok(None),
+                Err(TryLockError::WouldBlock) => thread::sleep(LOOK),
+            }
+        }
         for _ in 0..=RESTARTS {
-            let mut child = self.start(job, gpu, &log)?;
+            let mut child = self.start(job, gpu, &log, &lock)?;
             let mut told = false;
             let status = loop {
                 if let Some(status) = child.try_wait().map_err(Error::io("wait for", &self.program))? {
@@ -110,9 +118,9 @@ impl Pool<'_> {
         Ok(Some((None, format!("killed by a signal {} times", RESTARTS + 1))))
     }
 
-    fn start(&self, job: &Job, gpu: Option<u32>, log: &PathBuf) -> Result<Child> {
+    fn start(&self, job: &Job, gpu: Option<u32>, log: &PathBuf, lock: &File) -> Result<Child> {
         let file = File::create(log).map_err(Error::io("create", log))?;
-        let lock = self.lock.try_clone().map_err(Error::io("share the lock of", &job.folder))?;
+        let lock = lock.try_clone().map_err(Error::io("share the lock of", &job.folder))?;
         let mut command = Command::new(&self.program);
         command.args(["train", "--resume", "auto", "--json", "-c"]).arg(&job.config);
         // The lock is held until the last process that has it open ends.
