@@ -38,15 +38,17 @@ fn along(outcomes: &[Outcome], axis: &str) -> Vec<Found> {
         let mut at = outcome.values.clone();
         at.remove(axis);
         let seed = at.remove("seed").and_then(|seed| seed.as_integer()).unwrap_or(0);
-        let run = Measured { x, seed, loss: outcome.score() };
+        let run = Measured { at: vec![x], seed, loss: outcome.score() };
         lines.entry(format!("{at:?}")).or_insert_with(|| (at, Vec::new())).1.push(run);
     }
-    let enough = |runs: &[Measured]| runs.iter().map(|run| run.x.to_bits()).collect::<BTreeSet<_>>().len() >= FEWEST;
+    let enough = |runs: &[Measured]| runs.iter().map(|run| run.at[0].to_bits()).collect::<BTreeSet<_>>().len() >= FEWEST;
     let lines = lines.into_values().filter(|(_, runs)| enough(runs));
-    lines.map(|(at, runs)| Found { axis: axis.into(), at, optimum: fit::optimum(&runs) }).collect()
+    let first = |runs: &[Measured]| fit::optima(runs).map(|mut axes| axes.remove(0));
+    lines.map(|(at, runs)| Found { axis: axis.into(), at, optimum: first(&runs) }).collect()
 }
 
-fn number(value: &toml::Value) -> Option<f64> {
+/// The number that a value is.
+pub fn number(value: &toml::Value) -> Option<f64> {
     value.as_float().or_else(|| value.as_integer().map(|n| n as f64))
 }
 
