@@ -142,3 +142,106 @@ fn a_killed_worker_is_started_again_and_a_stopped_sweep_goes_on() {
         ("done".into(), 400.into())
     );
 }
+
+/// What the recipe is tried on: an upscale that learns something in a second, tuned at 8 and used at 16.
+const PLAN: &str = "run = 't'\nconfig = 'up.toml'\nseeds = [1, 2]\n[base]\nconfig = 'base.toml'\n\
+                    [sizes]\nsmall = 8\nlarge = 16\nmultiplicity = 2\n\
+                    [tune]\nnoise = [0.01, 0.1, 1.0]\n'optimizer.lr' = [1e-3, 4e-3, 1.6e-2]\n";
+
+#[test]
+fn the_recipe_tunes_small_uses_large_and_reports() {
+    let place = Place::new();
+    for (name, text) in [("base.toml", BASE), ("up.toml", UP)] {
+        write(&place, name, text);
+    }
+    let plan = format!("{PLAN}[evidence]\naxis = 'optimizer.lr'\nwidths = [8, 16]\n");
+    write(&place, "plan.toml", &plan);
+    let said = place.run("transfer -c plan.toml --json");
+    assert_eq!(said.code, 0, "{}", said.err);
+    let report = said.json();
+    let chosen = report["chosen"].as_array().unwrap();
+    let value = |i: usize| chosen[i]["value"].as_f64().unwrap();
+    assert_eq!((chosen[0]["axis"].as_str(), chosen[1]["axis"].as_str()), (Some("noise"), Some("optimizer.lr")));
+    // The large upscale is the run that train makes of its configuration, with the values that were chosen.
+    let configs = fs::read_dir(place.path().join("t/large/configs")).unwrap().flatten();
+    let config = configs.map(|e| e.path()).find(|path| path.to_string_lossy().contains("seed=1")).unwrap();
+    let text = fs::read_to_string(config).unwrap();
+    let table: toml::Table = text.parse().unwrap();
+    assert_eq!(table["optimizer"]["lr"].as_float(), Some(value(1)), "{text}");
+    assert_eq!(table["init"]["upscale"]["noise"].as_float(), Some(value(0)), "{text}");
+    write(&place, "again.toml", &text.replace("t/large/runs/", "again/"));
+    let again = place.run("train -c again.toml --json");
+    assert_eq!(again.json()["validation_loss"], report["large"][0], "{}", again.err);
+    // All parts have one base shape, except in standard parametrisation, where there is none.
+    let base = |part: &str| fs::read_to_string(place.path().join(format!("t/{part}/configs/bases/width=16.toml")));
+    for part in ["large", "mup"] {
+        let base: toml::Table = base(part).unwrap().parse().unwrap();
+        assert_eq!(base["parametrization"]["base"]["residual"].as_integer(), Some(8));
+    }
+    assert!(base("standard").unwrap().contains("standard"));
+    let lines = report["lines"].as_array().unwrap();
+    let names: Vec<_> = lines.iter().map(|line| line["parametrization"].as_str().unwrap()).collect();
+    assert_eq!(names, ["mup", "standard"]);
+    assert!(lines.iter().all(|line| line["optima"].as_array().unwrap().len() == 2), "{report}");
+    let mean = (report["large"][0].as_f64().unwrap() + report["large"][1].as_f64().unwrap()) / 2.0;
+    let lost = mean - lines[0]["optima"][1][1]["loss"].as_f64().unwrap();
+    assert!((report["lost"].as_f64().unwrap() - lost).abs() < 1e-12, "{report}");
+    assert!(report["full_size_flops"].as_f64() > report["tuning_flops"].as_f64());
+    assert!(fs::read_to_string(place.path().join("t/transfer.svg")).unwrap().contains("Best value against width"));
+    // Once more it reads what is there.
+    let second = place.run("transfer -c plan.toml --json");
+    assert_eq!(second.json(), report);
+    assert!(second.err.contains("18 of 18 runs have ended before"), "{}", second.err);
+}
+
+#[test]
+fn the_recipe_writes_a_job_and_reports_when_it_has_run() {
+    let place = Place::new();
+    for (name, text) in [("base.toml", BASE), ("up.toml", UP)] {
+        write(&place, name, text);
+    }
+    write(&place, "plan.toml", &format!("{PLAN}[large]\njob = true\n").replace("[0.01, 0.1, 1.0]", "[0.1]"));
+    let said = place.run("transfer -c plan.toml");
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(said.out.contains("sbatch t/large.sbatch"), "{}", said.out);
+    let job = fs::read_to_string(place.path().join("t/large.sbatch")).unwrap();
+    let configs: Vec<_> = job.lines().filter_map(|line| line.trim().strip_prefix('\'')?.strip_suffix('\'')).collect();
+    // The base, then a run for each seed, in an order in which they can be trained.
+    assert_eq!(configs.len(), 3, "{job}");
+    for config in configs {
+        let trained = place.command("train --resume auto -c").arg(config).output().unwrap();
+        assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    }
+    let said = place.run("transfer -c plan.toml");
+    assert_eq!(said.code, 0, "{}", said.err);
+    assert!(said.out.contains("mean of 2 seeds: loss"), "{}", said.out);
+}
+
+#[test]
+fn a_plan_that_cannot_be_is_refused_before_anything_runs() {
+    let place = Place::new();
+    for (name, text) in [("base.toml", BASE), ("up.toml", UP)] {
+        write(&place, name, text);
+    }
+    for (from, to, said) in [
+        ("large = 16", "large = 12", "multiple of sizes.small = 8"),
+        ("noise = [0.01, 0.1, 1.0]", "noise = ['a']", "only numbers"),
+        ("noise = [0.01, 0.1, 1.0]", "seed = [1]", "the recipe sets it"),
+        ("noise = [0.01, 0.1, 1.0]", "noise = []", "no valid point"),
+        ("seeds = [1, 2]", "seeds = []", "at least one"),
+        ("[tune]", "[evidence]\naxis = 'x'\nwidths = [8]\n[tune]", "evidence.axis"),
+        ("[tune]", "[other]\n[tune]", "unknown field"),
+    ] {
+        write(&place, "plan.toml", &PLAN.replace(from, to));
+        let refused = place.run("transfer -c plan.toml");
+        assert_eq!(refused.code, 2, "{to}: {}{}", refused.out, refused.err);
+        assert!(refused.err.contains(said), "{to}: {}", refused.err);
+        assert!(!place.path().join("t").exists());
+    }
+    // Everything diverged: said, with where to go.
+    let all = PLAN.replace("[1e-3, 4e-3, 1.6e-2]", "[1e30, 1e31, 1e32]").replace("[0.01, 0.1, 1.0]", "[0.1]");
+    write(&place, "plan.toml", &all);
+    let diverged = place.run("transfer -c plan.toml");
+    assert_eq!(diverged.code, 1, "{}", diverged.err);
+    assert!(diverged.err.contains("every run at width 8 diverged"), "{}", diverged.err);
+}

@@ -23,6 +23,7 @@ mod selftest;
 mod sweep;
 mod tasks;
 mod train;
+mod transfer;
 mod upscale;
 mod widen_tensors;
 
@@ -79,6 +80,8 @@ enum Command {
     CoordCheck(coord_check::Args),
     /// Train many runs over axes of hyperparameters, packed on the cores or GPUs at hand
     Sweep(sweep::Args),
+    /// Tune hyperparameters on a small upscale and use them on a large one, with the evidence
+    Transfer(transfer::Args),
     /// Compare growth operators, and training from scratch, on equal tokens and equal FLOPs, from one base
     CompareGrowth(compare_growth::Args),
     /// Say what a training will take: parameters, memory, FLOPs, time, tuning, and what is known of such a growth
@@ -155,6 +158,7 @@ impl Args {
             Command::Report(args) => report::report(args),
             Command::CoordCheck(args) => coord_check::run(args),
             Command::Sweep(args) => sweep::run(args),
+            Command::Transfer(args) => transfer::run(args),
             Command::CompareGrowth(args) => compare_growth::run(args),
             Command::Plan(args) => plan::run(args),
             Command::Data(command) => data::run(command),

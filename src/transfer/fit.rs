@@ -263,7 +263,9 @@ mod tests {
     fn bowl(at: f64, xs: &[f64], seeds: i64) -> Vec<Measured> {
         let shift = |seed: i64| [0.0, 0.2, -0.2][seed as usize % 3];
         let loss = |x: f64, seed: i64| 1.0 + (x.log2() - at.log2() - shift(seed)).powi(2) / 10.0;
-        xs.iter().flat_map(|&x| (0..seeds).map(move |seed| Measured { at: vec![x], seed, loss: Some(loss(x, seed)) })).collect()
+        xs.iter()
+            .flat_map(|&x| (0..seeds).map(move |seed| Measured { at: vec![x], seed, loss: Some(loss(x, seed)) }))
+            .collect()
     }
 
     fn optimum(runs: &[Measured]) -> Option<Optimum> {

@@ -41,7 +41,8 @@ fn along(outcomes: &[Outcome], axis: &str) -> Vec<Found> {
         let run = Measured { at: vec![x], seed, loss: outcome.score() };
         lines.entry(format!("{at:?}")).or_insert_with(|| (at, Vec::new())).1.push(run);
     }
-    let enough = |runs: &[Measured]| runs.iter().map(|run| run.at[0].to_bits()).collect::<BTreeSet<_>>().len() >= FEWEST;
+    let enough =
+        |runs: &[Measured]| runs.iter().map(|run| run.at[0].to_bits()).collect::<BTreeSet<_>>().len() >= FEWEST;
     let lines = lines.into_values().filter(|(_, runs)| enough(runs));
     let first = |runs: &[Measured]| fit::optima(runs).map(|mut axes| axes.remove(0));
     lines.map(|(at, runs)| Found { axis: axis.into(), at, optimum: first(&runs) }).collect()
