@@ -184,7 +184,18 @@ fn the_recipe_tunes_small_uses_large_and_reports() {
     assert_eq!(names, ["mup", "standard"]);
     assert!(lines.iter().all(|line| line["optima"].as_array().unwrap().len() == 2), "{report}");
     let mean = (report["large"][0].as_f64().unwrap() + report["large"][1].as_f64().unwrap()) / 2.0;
-    let lost = mean - lines[0]["optima"][1][1]["loss"].as_f64().unwrap();
+    let mut by_lr = std::collections::BTreeMap::<String, Vec<f64>>::new();
+    for run in fs::read_dir(place.path().join("t/mup/runs")).unwrap().flatten() {
+        let name = run.file_name().into_string().unwrap();
+        let outcome: serde_json::Value =
+            serde_json::from_slice(&fs::read(run.path().join("outcome.json")).unwrap()).unwrap();
+        if name.ends_with("width=16") {
+            let loss = outcome["validation_loss"].as_f64().unwrap();
+            by_lr.entry(outcome["values"]["optimizer.lr"].to_string()).or_default().push(loss);
+        }
+    }
+    let best = by_lr.values().map(|losses| losses.iter().sum::<f64>() / 2.0).fold(f64::INFINITY, f64::min);
+    let lost = mean - best;
     assert!((report["lost"].as_f64().unwrap() - lost).abs() < 1e-12, "{report}");
     assert!(report["full_size_flops"].as_f64() > report["tuning_flops"].as_f64());
     assert!(fs::read_to_string(place.path().join("t/transfer.svg")).unwrap().contains("Best value against width"));
@@ -244,4 +255,19 @@ fn a_plan_that_cannot_be_is_refused_before_anything_runs() {
     let diverged = place.run("transfer -c plan.toml");
     assert_eq!(diverged.code, 1, "{}", diverged.err);
     assert!(diverged.err.contains("every run at width 8 diverged"), "{}", diverged.err);
+}
+
+#[test]
+fn plans_of_the_experiments_can_be_run() {
+    use mupscale::transfer::{growth::GrowthPlan, recipe::TransferPlan};
+    let experiments = Path::new("experiments");
+    let plans: Vec<_> = ["lr.toml", "lr-small.toml", "noise.toml", "noise-small.toml"]
+        .map(|name| TransferPlan::read(&experiments.join("gpt2").join(name)).unwrap())
+        .into_iter()
+        .collect();
+    // The small ones are parts of the large ones: the same folders and values, fewer widths.
+    for pair in plans.chunks(2) {
+        assert_eq!((&pair[0].run, &pair[0].tune, &pair[0].seeds), (&pair[1].run, &pair[1].tune, &pair[1].seeds));
+    }
+    GrowthPlan::read(&experiments.join("growth/plan.toml")).unwrap();
 }

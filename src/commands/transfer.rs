@@ -57,7 +57,7 @@ fn show(report: &Report, plan: &TransferPlan) -> Result<()> {
         say!("{}: largest optimum over smallest {}: {said}", line.parametrization, human::number(line.factor))?;
     }
     let loss = report.loss().map_or("diverged".into(), |loss| format!("loss {loss:.4}"));
-    let lost = report.lost.map_or(String::new(), |lost| format!(", {lost:+.4} against the optimum tuned there"));
+    let lost = report.lost.map_or(String::new(), |lost| format!(", {lost:+.4} against the best value run there"));
     say!("large upscale (base {} wide), mean of {} seeds: {loss}{lost}", plan.sizes.large, report.large.len())?;
     let part = human::number(report.full_size_flops / report.tuning_flops);
     let (small, full) = (human::count(report.tuning_flops), human::count(report.full_size_flops));

@@ -40,8 +40,10 @@ pub struct Edge {
 
 /// Draws of seeds.
 pub const DRAWS: usize = 1000;
-/// Values on either side of the best that the quadratic goes through.
+/// Values on either side of the best that the quadratic goes through: at most so many,
 const REACH: usize = 2;
+/// and beyond the neighbour only within this factor: further away a loss is no quadratic, and would bend it.
+const FACTOR: f64 = 4.1;
 
 /// A point of the axes.
 type Place = Vec<f64>;
@@ -119,7 +121,10 @@ impl Reach {
         let at = xs.iter().position(|&x| x == best)?;
         let inside = at > 0 && at + 1 < xs.len() && xs[at - 1] > 0.0;
         inside.then(|| Self {
-            near: [xs[at.saturating_sub(REACH)], xs[(at + REACH).min(xs.len() - 1)]],
+            near: [
+                *xs[at.saturating_sub(REACH)..at].iter().find(|&&x| best <= FACTOR * x).unwrap_or(&xs[at - 1]),
+                *xs[at + 1..].iter().take(REACH).rev().find(|&&x| x <= FACTOR * best).unwrap_or(&xs[at + 1]),
+            ],
             between: [xs[at - 1], xs[at + 1]],
         })
     }
@@ -282,6 +287,15 @@ mod tests {
         let three = optimum(&bowl(2e-3, &XS, 3)).unwrap();
         let [low, high] = three.interval.unwrap();
         assert!(low < 2e-3 && 2e-3 < high && high / low < 2f64.powf(0.41), "{three:?}");
+    }
+
+    #[test]
+    fn values_far_away_do_not_bend_it() {
+        // Losses that were measured over a wide axis: the least of them lies at 10, not between 1 and 3.
+        let measured = [(0.3, 1.945), (1.0, 1.929), (3.0, 1.847), (10.0, 1.619), (30.0, 2.07), (100.0, 2.5)];
+        let runs = measured.map(|(x, loss)| Measured { at: vec![x], seed: 0, loss: Some(loss) });
+        let found = optimum(&runs).unwrap();
+        assert!((6.0..12.0).contains(&found.x), "{found:?}");
     }
 
     #[test]
